@@ -1,0 +1,70 @@
+"""A million tokens of context for Qwen2, Qwen2.5 and Qwen3 checkpoints in Hugging Face transformers.
+
+>>> from qwen_longctx import patch_qwen
+>>> patch_qwen()  # before loading, for every Qwen loaded after; or patch_qwen(model) for one model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+_here = Path(__file__).resolve().parent
+if not (_here / "patches").is_dir():  # a checkout that is not installed: setup.cfg maps ../patches to this package
+    __path__.append(str(_here.parent))
+
+from qwen_longctx import patches  # noqa: E402
+from qwen_longctx.cache import LongContextCache  # noqa: E402
+from qwen_longctx.config import LongContextConfig  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["LongContextCache", "LongContextConfig", "patch_qwen", "patched_qwen", "unpatch_qwen"]
+
+Model = TypeVar("Model")
+
+
+def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
+    """Give Qwen models long context: dual chunk attention, chunked prefill, a cache that does not copy itself.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel, optional
+        Patch this model only, also when accelerate has dispatched it or PEFT has wrapped it. Without it every Qwen
+        model is patched, loaded before or after.
+    **overrides
+        Fields of `LongContextConfig`; the rest comes from the checkpoint. Patching again replaces them.
+
+    Returns
+    -------
+    The model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        No model that can be patched, or a bad setting. Nothing is changed then.
+    ImportError, RuntimeError
+        The installed transformers is outside the supported range, or its code has changed.
+    """
+    patches.apply(model, overrides)  # type: ignore[arg-type]
+    return model
+
+
+def unpatch_qwen(model: Any = None) -> None:
+    """Undo `patch_qwen` of the same argument exactly; nothing happens where nothing is patched."""
+    patches.revert(model)
+
+
+@contextmanager
+def patched_qwen(model: Any = None, **overrides: Any) -> Iterator[Any]:
+    """Patch for the length of a ``with`` block, then restore what was there, an earlier patch included."""
+    before = patches.current_overrides(model)
+    patch_qwen(model, **overrides)
+    try:
+        yield model
+    finally:
+        if before is None:
+            unpatch_qwen(model)
+        else:
+            patch_qwen(model, **before)

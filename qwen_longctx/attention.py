@@ -1,0 +1,101 @@
+"""Dual chunk attention of one forward: every span, all its segments, merged by log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen_longctx import kernels
+from qwen_longctx.kernels.merge import merge
+from qwen_longctx.kernels.reference import weights as attention_weights
+from qwen_longctx.plan import Plan, RowGroup
+from qwen_longctx.positions import Span
+from qwen_longctx.rotary import rotate
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+    """Attend from the tokens of this forward to all keys so far (Qwen2.5-1M report, section 5.1).
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Shape (batch, tokens, heads, head_dim), not rotated.
+    k, v : torch.Tensor
+        Shape (batch, keys, kv_heads, head_dim), keys rotated by ``plan.tables.keys``. Keys beyond ``plan.length``
+        (the free room of a static cache) are ignored.
+    plan : Plan
+    scale : float
+        Softmax scale without the attention temperature.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape and dtype of `q`; zero at padding.
+    """
+    if plan.covers_all:
+        return _attend_rows(q, k, v, plan, plan.groups[0], scale)
+    out = torch.zeros_like(q)
+    for group in plan.groups:
+        mine = q[group.rows, group.queries]
+        out[group.rows, group.queries] = _attend_rows(mine, k[group.rows], v[group.rows], plan, group, scale)
+    return out
+
+
+def _attend_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, group: RowGroup, scale: float
+) -> torch.Tensor:
+    if isinstance(group.temperature, torch.Tensor):
+        q = (q * group.temperature).to(q.dtype)
+    else:
+        scale = scale * group.temperature
+    first = group.spans[0].start
+    outs = []
+    for span in group.spans:
+        mine = q[:, span.start - first : span.stop - first]
+        outs.append(_attend_span(mine, k, v, plan, group, span, span.start - first, scale))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_span(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    group: RowGroup,
+    span: Span,
+    done: int,
+    scale: float,
+) -> torch.Tensor:
+    kernel = kernels.get(plan.kernel)
+    start = group.queries.start + done
+    tokens = slice(start, start + q.shape[1])
+    parts = []
+    for kind, key_start, key_stop in span.segments:
+        keys = slice(key_start + group.offset, key_stop + group.offset)
+        turned = rotate(q, plan.tables.queries[kind].rows(group.rows, tokens))
+        parts.append(kernel(turned, k[:, keys], v[:, keys], causal=kind == "intra", scale=scale))
+    return merge(parts)[0]
+
+
+def weights(q: torch.Tensor, k: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+    """Attention weights of a forward whose rows lie within one chunk.
+
+    Shapes as in `attend`; returns (batch, heads, tokens, ``plan.length``), zero at padding.
+
+    Raises
+    ------
+    NotImplementedError
+        A row crosses into a second chunk.
+    """
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], plan.length)
+    for group in plan.groups:
+        (segment, *others), *more = [span.segments for span in group.spans]
+        if others or more:
+            raise NotImplementedError(
+                f"output_attentions reaches {group.spans[-1].stop} tokens, beyond the first chunk: "
+                "leave output_attentions out for prompts of more than chunk_size - local_size tokens"
+            )
+        turned = rotate(q[group.rows, group.queries], plan.tables.queries["intra"].rows(group.rows, group.queries))
+        keys = slice(segment.key_start + group.offset, segment.key_stop + group.offset)
+        found = attention_weights(turned, k[group.rows, keys], causal=True, scale=scale)
+        out[group.rows, :, group.queries, keys] = found
+    return out

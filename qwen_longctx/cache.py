@@ -1,0 +1,172 @@
+"""A KV cache that never copies itself: room for the whole run is taken once, and layers hand out views."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+_GROWTH = 1.5  # amortised, where the length is not known beforehand
+_SMALLEST = 256
+
+
+class LongContextLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of shape (batch, room, kv_heads, head_dim).
+
+    `keys` and `values` are views of shape (batch, kv_heads, tokens, head_dim), as transformers expects them.
+    The buffers lie on the device of the first keys they are given.
+
+    Parameters
+    ----------
+    capacity : int
+        Tokens to make room for at once; 0 if unknown.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._length = 0
+        self.capacity = capacity
+        super().__init__()
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self._view(0)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._adopt(0, value)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self._view(1)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._adopt(1, value)
+
+    def _view(self, which: int) -> torch.Tensor | None:
+        return None if self._buffers is None else self._buffers[which][:, : self._length].transpose(1, 2)
+
+    def _adopt(self, which: int, value: torch.Tensor | None) -> None:
+        """Take what transformers assigns (offloaded tensors, say) as a full buffer."""
+        if value is None:
+            self._buffers, self._length = None, 0
+            return
+        taken = value.transpose(1, 2)
+        other = taken if self._buffers is None else self._buffers[1 - which]
+        self._buffers = (taken, other) if which == 0 else (other, taken)
+        self._length = taken.shape[1]
+
+    def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
+        """Take the room: `key_states` of shape (batch, kv_heads, tokens, head_dim) gives batch, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        values = args[0] if args else key_states
+        room = max(self.capacity, key_states.shape[2])
+        self._buffers = (_empty(key_states, room), _empty(values, room))
+        self._length = 0
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens; both of shape (batch, kv_heads, tokens, head_dim). Returns views of all tokens so far."""
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self._buffers is not None
+        start, stop = self._length, self._length + key_states.shape[2]
+        if stop > self._buffers[0].shape[1]:
+            self._grow(max(stop, int(stop * _GROWTH), _SMALLEST))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, start:stop] = states.transpose(1, 2)
+        self._length = stop
+        keys, values = self._buffers
+        return keys[:, :stop].transpose(1, 2), values[:, :stop].transpose(1, 2)
+
+    def _grow(self, room: int) -> None:
+        assert self._buffers is not None
+        grown = []
+        for old in self._buffers:
+            new = old.new_empty(old.shape[0], room, *old.shape[2:])
+            new[:, : self._length] = old[:, : self._length]
+            grown.append(new)
+        self._buffers = (grown[0], grown[1])
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens held."""
+        return self._length
+
+    def crop(self, max_length: int) -> None:
+        """Keep `max_length` tokens, or drop ``-max_length`` if negative: transformers uses both. Nothing is copied."""
+        keep = self._length + max_length if max_length < 0 else max_length
+        self._length = max(0, min(keep, self._length))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take rows `beam_idx`, as beam search does each step."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self._buffers is not None:
+            rows = torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats)
+            self.batch_select_indices(rows)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep rows `indices`, integers of shape (rows,)."""
+        if self._buffers is None:
+            return
+        selected = []
+        for old in self._buffers:
+            rows = indices.to(old.device)
+            new = old.new_empty(len(rows), *old.shape[1:])
+            torch.index_select(old[:, : self._length], 0, rows, out=new[:, : self._length])
+            selected.append(new)
+        self._buffers = (selected[0], selected[1])
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the room."""
+        self._length = 0
+
+
+class LongContextCache(DynamicCache):
+    """Cache for one run of any length; a drop-in for transformers' `DynamicCache`.
+
+    Parameters
+    ----------
+    capacity : int
+        Tokens (prompt and new ones) to make room for when a layer first sees keys. With 0 the room grows by half
+        whenever it is full.
+
+    Attributes
+    ----------
+    prompt_length : int
+        Length of the prompt whose attention temperature holds until it is passed; 0 if none was announced.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        if isinstance(capacity, bool) or not isinstance(capacity, int):
+            raise TypeError(f"capacity must be a whole number of tokens, got {capacity!r}")
+        if capacity < 0:
+            raise ValueError(f"capacity must not be negative, got {capacity}")
+        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
+        self.capacity = capacity
+        self.prompt_length = 0
+        self.prefill_tokens = 0
+        self.prefill_seconds = 0.0
+        self.peak_memory_bytes = 0
+
+    def report(self) -> dict[str, float]:
+        """What the prefill cost: tokens, seconds, tokens per second, peak memory in bytes (0 without CUDA)."""
+        seconds = self.prefill_seconds
+        return {
+            "tokens": self.prefill_tokens,
+            "prefill_seconds": seconds,
+            "tokens_per_second": self.prefill_tokens / seconds if seconds else 0.0,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def _empty(states: torch.Tensor, room: int) -> torch.Tensor:
+    batch, heads, _, head_dim = states.shape
+    return states.new_empty(batch, room, heads, head_dim)

@@ -1,0 +1,160 @@
+"""What a run needs to know: read from the checkpoint, overridden by keyword, validated before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+KERNELS = ("auto", "sdpa", "reference")
+_CHECKPOINT_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
+_UNBOUNDED_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class LongContextConfig:
+    """Settings of dual chunk attention and of chunked prefill.
+
+    Parameters
+    ----------
+    chunk_size : int
+        Largest relative position the model ever sees, in tokens (``c`` of the Qwen2.5-1M report, section 5.1).
+    local_size : int
+        Tokens of the previous chunk whose distance stays exact (``w``). Keys rotate by ``position mod (c - w)``.
+    original_max_position_embeddings : int
+        Trained length, in tokens. The attention temperature starts beyond it.
+    attention_temperature : bool
+        Multiply logits by ``f²``, ``f = max(1, 0.1 ln(n / original_max_position_embeddings) + 1)``.
+    prefill_chunk_size : int
+        Tokens of a prompt that pass through the model at a time.
+    mlp_chunk_size : int
+        Tokens that pass through an MLP at a time.
+    kernel : {"auto", "sdpa", "reference"}
+        Attention kernel; "auto" takes the fastest one that runs here.
+
+    Raises
+    ------
+    TypeError
+        A field has the wrong type.
+    ValueError
+        A field is out of range.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int
+    attention_temperature: bool = True
+    prefill_chunk_size: int = 32768
+    mlp_chunk_size: int = 4096
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in (*_CHECKPOINT_KEYS, "prefill_chunk_size", "mlp_chunk_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1 token, got {value}")
+        if not isinstance(self.attention_temperature, bool):
+            raise TypeError(f"attention_temperature must be True or False, got {self.attention_temperature!r}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.local_size >= self.chunk_size:
+            raise ValueError(
+                f"local_size ({self.local_size}) must be smaller than chunk_size ({self.chunk_size}): "
+                "their difference is the stride of the chunks"
+            )
+        if self.local_size > self.stride:
+            raise ValueError(
+                f"local_size ({self.local_size}) must be at most half of chunk_size ({self.chunk_size}), "
+                "or a query's exact window would reach past the previous chunk"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Length of a chunk in tokens, ``s = chunk_size - local_size``."""
+        return self.chunk_size - self.local_size
+
+    def temperature(self, length: int) -> float:
+        """Factor ``f²`` on the logits of a sequence of `length` tokens (Qwen2.5-1M report, equation 1)."""
+        if not self.attention_temperature or length <= self.original_max_position_embeddings:
+            return 1.0
+        return (0.1 * math.log(length / self.original_max_position_embeddings) + 1.0) ** 2
+
+    @classmethod
+    def from_model_config(cls, config: Any, **overrides: Any) -> LongContextConfig:
+        """Read a transformers config; keyword overrides win.
+
+        Without ``dual_chunk_attention_config`` in the checkpoint, `chunk_size` and
+        `original_max_position_embeddings` are the trained length and `local_size` is a quarter of `chunk_size`.
+
+        Parameters
+        ----------
+        config : transformers.PretrainedConfig
+            Config of a Qwen2, Qwen2-MoE, Qwen3 or Qwen3-MoE checkpoint.
+        **overrides
+            Fields of this class.
+
+        Raises
+        ------
+        TypeError
+            An override or a key of the checkpoint's section is unknown or has the wrong type.
+        ValueError
+            A value is out of range, or the checkpoint has sliding-window layers or a length-dependent rotary base.
+        """
+        check_overrides(overrides)
+        _refuse_unsupported(config)
+        values = {**_from_checkpoint(config, overrides), **overrides}
+        return cls(**values)
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raise TypeError if a keyword is not a field of `LongContextConfig`."""
+    known = [field.name for field in fields(LongContextConfig)]
+    for name in overrides:
+        if name not in known:
+            raise TypeError(f"unknown setting {name!r}: the settings are {', '.join(known)}")
+
+
+def _from_checkpoint(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    section = getattr(config, "dual_chunk_attention_config", None)
+    if section is not None and not isinstance(section, Mapping):
+        raise TypeError(f"dual_chunk_attention_config must be a mapping, got {section!r}")
+    values = {key: section[key] for key in _CHECKPOINT_KEYS if section and key in section}
+    trained = _trained_length(config)
+    chunk_size = overrides.get("chunk_size", values.get("chunk_size", trained))
+    defaults = {
+        "chunk_size": chunk_size,
+        "local_size": max(1, chunk_size // 4) if isinstance(chunk_size, int) else chunk_size,
+        "original_max_position_embeddings": trained,
+    }
+    return {**defaults, **values}
+
+
+def _trained_length(config: Any) -> int:
+    """Trained length: that before YaRN stretched it, if the checkpoint says so."""
+    rope = rope_parameters(config)
+    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Rotary parameters of a transformers 4 (`rope_scaling`) or 5 (`rope_parameters`) config."""
+    return dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+
+
+def _refuse_unsupported(config: Any) -> None:
+    layer_types = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)
+    if "sliding_attention" in layer_types or (window and not layer_types):
+        raise ValueError(
+            f"sliding-window layers (sliding_window={config.sliding_window}) cannot use dual chunk attention: "
+            "set use_sliding_window=False in the config, or do not patch this model"
+        )
+    rope = rope_parameters(config)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type in _UNBOUNDED_ROPE:
+        raise ValueError(
+            f"rope_type {rope_type!r} changes the rotary base with the length, which dual chunk attention replaces: "
+            "set rope_type to 'default' (or 'yarn', 'linear')"
+        )

@@ -1,0 +1,103 @@
+"""The rotations: one for keys, one for queries towards each kind of segment.
+
+Positions never exceed ``chunk_size``, and angles are computed in float64, so tables stay exact at any length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qwen_longctx.positions import Kind, key_positions, query_positions
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, each of shape (rows, tokens, 1, head_dim) in the working dtype; rows is 1 or the batch."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def rows(self, rows: slice, tokens: slice) -> Rotation:
+        """The part for some rows of the batch and some tokens."""
+        rows = rows if self.cos.shape[0] > 1 else slice(None)
+        tokens = tokens if self.cos.shape[1] > 1 else slice(None)
+        return Rotation(self.cos[rows, tokens], self.sin[rows, tokens])
+
+
+def rotation(
+    positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float, dtype: torch.dtype
+) -> Rotation:
+    """Table for integer `positions`.
+
+    Parameters
+    ----------
+    positions : torch.Tensor
+        Shape (rows, tokens), integer.
+    inv_freq : torch.Tensor
+        Shape (head_dim / 2,): the module's own, so that YaRN and linear scaling hold.
+    attention_scaling : float
+        The module's own factor (1 but for YaRN).
+    dtype : torch.dtype
+        Of the table.
+    """
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    angles = positions[..., None].to(exact) * inv_freq.to(device=positions.device, dtype=exact)
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return Rotation((angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype))
+
+
+def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
+    """Rotate `x`, shape (batch, tokens, heads, head_dim), by halves (the NeoX layout that Qwen uses)."""
+    half = x.shape[-1] // 2
+    cos, sin = table
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+class RotaryTables:
+    """Rotations of one forward: `keys`, and those of queries by segment kind.
+
+    Parameters
+    ----------
+    positions : torch.Tensor
+        Shape (rows, tokens), integer positions in the sequence.
+    kinds : set of str
+        Segment kinds that occur.
+    stride, chunk_size : int
+        Geometry, in tokens.
+    inv_freq, attention_scaling, dtype
+        As in `rotation`.
+    """
+
+    def __init__(
+        self,
+        positions: torch.Tensor,
+        kinds: set[Kind],
+        stride: int,
+        chunk_size: int,
+        inv_freq: torch.Tensor,
+        attention_scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        def table(at: torch.Tensor) -> Rotation:
+            return rotation(at, inv_freq, attention_scaling, dtype)
+
+        self.keys = table(key_positions(positions, stride))
+        self.queries: dict[Kind, Rotation] = {"intra": self.keys}
+        if "successive" in kinds:
+            self.queries["successive"] = table(query_positions("successive", positions, stride, chunk_size))
+        if "inter" in kinds:
+            self.queries["inter"] = table(query_positions("inter", positions[:1, :1], stride, chunk_size))
+
+    def to(self, device: torch.device) -> RotaryTables:
+        """The same tables on another device."""
+        moved = object.__new__(RotaryTables)
+        moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
+        moved.queries = {
+            kind: moved.keys if kind == "intra" else Rotation(*(t.to(device, non_blocking=True) for t in table))
+            for kind, table in self.queries.items()
+        }
+        return moved
