@@ -175,7 +175,8 @@ def _padded_row(offsets: torch.Tensor, visible: torch.Tensor, cached: int) -> Ro
     if last - first != len(kept):
         raise ValueError(
             f"attention_mask hides tokens between tokens {first} and {last}: "
-            "dual chunk attention takes padding at the ends of a row only"
+            "dual chunk attention takes padding at the ends of a row only. If the text itself holds the pad token, "
+            "pass attention_mask=torch.ones_like(input_ids)"
         )
     queries = (min(max(first - cached, 0), len(offsets)), max(last - cached, 0))
     own = offsets[slice(*queries)]

@@ -1,0 +1,56 @@
+"""Tiny random models of every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel
+
+GEOMETRY = {"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 64}
+CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+FAMILIES = [f for f in CLASSES if f != "qwen2_moe" or Version(transformers.__version__) >= Version("5.0")]
+MOE = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+}
+
+
+def tiny_model(
+    family: str = "qwen2", dtype: torch.dtype = torch.float32, rope: dict[str, Any] | None = None, **config: Any
+) -> PreTrainedModel:
+    """Two layers, four heads on two, random but equal weights for equal arguments; in eval mode."""
+    prefix = CLASSES[family]
+    values: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "dual_chunk_attention_config": dict(GEOMETRY),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    if family.endswith("moe"):
+        values.update(MOE)
+    if rope is not None:
+        new = Version(transformers.__version__) >= Version("5.0")
+        theta = rope["rope_theta"]
+        own = rope if new else {k: v for k, v in rope.items() if k != "rope_theta"}
+        values.update({"rope_parameters": own} if new else {"rope_scaling": own, "rope_theta": theta})
+    values.update(config)
+    if family.endswith("moe") and "experts_implementation" not in config:
+        values["experts_implementation"] = "eager"  # the grouped kernels know no float64
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**values))
+    return model.eval().to(dtype)
