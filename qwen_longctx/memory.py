@@ -1,5 +1,100 @@
 """What a run will need, before it starts."""
 
+from __future__ import annotations
 
-def check_fits(config, tokens, batch, dtype, free_bytes, settings):
-    return None
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.kernels.merge import TOKENS_AT_A_TIME
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one run. `activations` is the estimated peak within one prefill chunk."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.weights + self.kv_cache + self.activations
+
+
+def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> Memory:
+    """Estimate a run of `batch` rows of `tokens` tokens, prompt and new ones together.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+    tokens, batch : int
+    dtype : torch.dtype
+        Of weights, cache and activations.
+    settings : LongContextConfig
+
+    Raises
+    ------
+    ValueError
+        `tokens` or `batch` is below 1.
+    """
+    if tokens < 1 or batch < 1:
+        raise ValueError(f"tokens and batch must be at least 1, got {tokens} and {batch}")
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    return Memory(
+        weights * dtype.itemsize,
+        kv_bytes(config, dtype) * tokens * batch,
+        activation_bytes(config, tokens, batch, dtype, settings),
+    )
+
+
+def kv_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token of one row leaves in the cache."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
+
+
+def activation_bytes(
+    config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig
+) -> int:
+    """Peak of one prefill chunk: the larger of attention and MLP, beside hidden states, residual and norm."""
+    rows = min(tokens, settings.prefill_chunk_size) * batch
+    queries = config.num_attention_heads * _head_dim(config)
+    stream = 3 * rows * config.hidden_size * dtype.itemsize
+    projected = rows * (2 * queries + 4 * config.num_key_value_heads * _head_dim(config)) * dtype.itemsize
+    partial = 4 * rows * queries * dtype.itemsize  # three segments' results and their merge
+    sums = 2 * min(rows, TOKENS_AT_A_TIME * batch) * queries * 4
+    mlp = min(rows, settings.mlp_chunk_size * batch) * config.intermediate_size * 4 * dtype.itemsize
+    return stream + max(projected + partial + sums, mlp + rows * config.hidden_size * dtype.itemsize)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_fits(
+    config: Any, tokens: int, batch: int, dtype: torch.dtype, free_bytes: int, settings: LongContextConfig
+) -> None:
+    """Raise before a run whose cache and activations cannot fit beside weights that are loaded already.
+
+    Raises
+    ------
+    MemoryError
+        With the bytes needed, the bytes free and the tokens that would fit.
+    """
+    cache = kv_bytes(config, dtype) * tokens * batch
+    activations = activation_bytes(config, tokens, batch, dtype, settings)
+    if cache + activations <= free_bytes:
+        return
+    fit = max(0, free_bytes - activations) // (kv_bytes(config, dtype) * batch)
+    raise MemoryError(
+        f"{batch} x {tokens:,} tokens need {cache / GIB:.1f} GiB of KV cache and about {activations / GIB:.1f} GiB of "
+        f"activations, {free_bytes / GIB:.1f} GiB are free: {fit:,} tokens would fit. Shorten the prompt or "
+        "max_new_tokens, lower prefill_chunk_size or the number of beams, or spread the model with device_map"
+    )

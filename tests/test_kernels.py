@@ -111,6 +111,6 @@ def test_merge_in_slices(monkeypatch):
     q, k, v = draw((1, 50, 40, 4, 2), torch.float64)
     parts = [reference(q, k[:, a:b], v[:, a:b], causal=False, scale=0.3) for a, b in ((0, 11), (11, 40))]
     whole = merge(parts)
-    monkeypatch.setattr(importlib.import_module("qwen_longctx.kernels.merge"), "_TOKENS_AT_A_TIME", 7)
+    monkeypatch.setattr(importlib.import_module("qwen_longctx.kernels.merge"), "TOKENS_AT_A_TIME", 7)
     for a, b in zip(whole, merge(parts), strict=True):
         torch.testing.assert_close(a, b)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-_TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums
+TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums
 
 
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,14 +27,14 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     lses = torch.stack([lse for _, lse in parts])
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.clamp(min=torch.finfo(lse.dtype).min)).transpose(2, 3).unsqueeze(-1)
-    slices = [_weighted(parts, weights, t) for t in range(0, lse.shape[-1], _TOKENS_AT_A_TIME)]
+    slices = [_weighted(parts, weights, t) for t in range(0, lse.shape[-1], TOKENS_AT_A_TIME)]
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1), lse
 
 
 def _weighted(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, start: int
 ) -> torch.Tensor:
-    tokens = slice(start, start + _TOKENS_AT_A_TIME)
+    tokens = slice(start, start + TOKENS_AT_A_TIME)
     total = parts[0][0][:, tokens] * weights[0, :, tokens]
     for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
         total = total + out[:, tokens] * weight[:, tokens]

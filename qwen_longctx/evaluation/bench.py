@@ -1,0 +1,277 @@
+"""Benchmarks on the shape of Qwen2.5-7B with random bf16 weights: right for time and memory, not for quality.
+
+Every function returns plain rows; `cli` writes them to a results file with the environment. Times are CUDA events
+after a warm-up of every shape, medians of interleaved repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_longctx import LongContextConfig, patched_qwen
+from qwen_longctx.attention import attend
+from qwen_longctx.plan import RotarySource, make_plan
+from qwen_longctx.rotary import rotate
+
+SHAPE_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1_010_000,
+}
+SHAPE_TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1_010_000,
+}
+GEOMETRY_1M = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+ROPE_THETA = 10_000_000.0
+
+
+def model_config(tiny: bool = False) -> Qwen2Config:
+    """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests."""
+    config = Qwen2Config(
+        **(SHAPE_TINY if tiny else SHAPE_7B), dual_chunk_attention_config=GEOMETRY_1M, tie_word_embeddings=False
+    )
+    if getattr(config, "rope_parameters", None):
+        config.rope_parameters["rope_theta"] = ROPE_THETA
+    else:
+        config.rope_theta = ROPE_THETA
+    return config
+
+
+def random_model(device: torch.device, tiny: bool = False) -> Qwen2ForCausalLM:
+    """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(model_config(tiny)).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, by CUDA events where there is CUDA."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(stop) / 1000
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every function, taken in turns after one warm-up of each, so that drift hits all alike."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(timed(function, device))
+    return times
+
+
+def attention(lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 2) -> list[dict[str, Any]]:
+    """Dense dual chunk attention of one layer over a chunked prefill, against the raw cuDNN kernel.
+
+    Ours: planning, rotating queries and keys, all segments, merging. Raw: the bare kernel over the same chunks as plain
+    causal attention (a causal square and one rectangle a chunk), nothing merged. Both do the same multiplications.
+    """
+    return [_attention_row(length, device, tiny, repeats) for length in lengths]
+
+
+@torch.no_grad()
+def _attention_row(length: int, device: torch.device, tiny: bool, repeats: int) -> dict[str, Any]:
+    config = model_config(tiny)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = config.hidden_size // heads
+    settings = LongContextConfig.from_model_config(config)
+    rotary = RotarySource(ROPE_THETA ** -(torch.arange(0, head_dim, 2, device=device) / head_dim), 1.0)
+    q = torch.randn(1, length, heads, head_dim, device=device, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, length, kv_heads, head_dim, device=device, dtype=torch.bfloat16)
+    kept = torch.empty_like(k)
+    step = settings.prefill_chunk_size
+    chunks = [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def ours() -> None:
+        for start, stop in chunks:
+            plan = make_plan(
+                None,
+                None,
+                batch=1,
+                tokens=stop - start,
+                cached=start,
+                settings=settings,
+                rotary=rotary,
+                dtype=q.dtype,
+                device=device,
+                prompt_length=length,
+            )
+            kept[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
+            attend(q[:, start:stop], kept[:, :stop], v[:, :stop], plan, head_dim**-0.5)
+
+    def raw() -> None:
+        for start, stop in chunks:
+            mine = q[:, start:stop]
+            _raw_kernel(mine, k[:, start:stop], v[:, start:stop], True)
+            if start:
+                _raw_kernel(mine, k[:, :start], v[:, :start], False)
+
+    times = interleaved({"ours": ours, "raw": raw}, device, repeats)
+    flop = 4 * (length * (length + 1) // 2) * heads * head_dim
+    rates = {name: flop / statistics.median(values) / 1e12 for name, values in times.items()}
+    return {
+        "tokens": length,
+        "seconds": times,
+        "ours_tflops": round(rates["ours"], 1),
+        "raw_cudnn_tflops": round(rates["raw"], 1),
+        "share_of_raw": round(rates["ours"] / rates["raw"], 4),
+    }
+
+
+def _raw_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cuda":
+        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)
+    else:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+@torch.no_grad()
+def stock(
+    lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 3, new_tokens: int = 32
+) -> list[dict[str, Any]]:
+    """Patched against stock transformers (SDPA), where stock runs: seconds of prefill, seconds a decoded token."""
+    model = random_model(device, tiny)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+
+        def run(patched: bool, tokens: int, ids: torch.Tensor = ids) -> None:
+            with patched_qwen(model) if patched else nullcontext():
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+                )
+
+        variants = {
+            f"{name}_{tokens}": (lambda p=patched, t=tokens, r=run: r(p, t))
+            for tokens in (1, 1 + new_tokens)
+            for name, patched in (("stock", False), ("patched", True))
+        }
+        times = interleaved(variants, device, repeats)
+        row: dict[str, Any] = {"tokens": length, "new_tokens": new_tokens, "repeats": repeats}
+        for name in ("stock", "patched"):
+            prefill = statistics.median(times[f"{name}_1"])
+            whole = statistics.median(times[f"{name}_{1 + new_tokens}"])
+            row[f"{name}_prefill_seconds"] = round(prefill, 4)
+            row[f"{name}_decode_seconds_per_token"] = round((whole - prefill) / new_tokens, 5)
+        row["prefill_ratio"] = round(row["patched_prefill_seconds"] / row["stock_prefill_seconds"], 4)
+        row["decode_ratio"] = round(
+            row["patched_decode_seconds_per_token"] / row["stock_decode_seconds_per_token"], 4
+        )
+        row["seconds"] = times
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def mlp(length: int, device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
+    """Peak activation memory of one MLP on a whole prompt, sliced by the patch against stock.
+
+    Intermediate activations are what lies between the hidden states that go in and those that come out (Qwen's 71 GB
+    at 1M tokens are two of them).
+    """
+    with torch.device("meta"):
+        config = model_config(tiny)
+        config.num_hidden_layers, config.vocab_size = 1, 97
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device=device).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    module = model.model.layers[0].mlp
+    x = torch.randn(1, length, config.hidden_size, device=device, dtype=torch.bfloat16)
+
+    def peak() -> int:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        module(x)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    whole = peak()
+    with patched_qwen(model):
+        sliced = peak()
+    out = x.numel() * x.element_size()
+    return [
+        {
+            "tokens": length,
+            "mlp_chunk_size": LongContextConfig.mlp_chunk_size,
+            "stock_peak_bytes": whole,
+            "sliced_peak_bytes": sliced,
+            "output_bytes": out,
+            "cut_of_intermediate_activations": round(1 - (sliced - out) / (whole - out), 5),
+            "cut_with_the_output": round(1 - sliced / whole, 5),
+        }
+    ]
+
+
+@torch.no_grad()
+def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: int = 32) -> list[dict[str, Any]]:
+    """One prompt of `length` tokens and `new_tokens` decoded, through the patched model's plain generate."""
+    model = random_model(device, tiny)
+    ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    with patched_qwen(model):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        _ = out.sequences.tolist()
+    seconds = time.perf_counter() - begin
+    report = out.past_key_values.report()
+    cuda = device.type == "cuda"
+    return [
+        {
+            "tokens": length,
+            "new_tokens": out.sequences.shape[1] - length,
+            "layers": model.config.num_hidden_layers,
+            "attention": "dense, every layer",
+            "seconds": round(seconds, 2),
+            "prefill_seconds": round(report["prefill_seconds"], 2),
+            "decode_seconds_per_token": round((seconds - report["prefill_seconds"]) / new_tokens, 4),
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else 0,
+            "kv_cache_bytes": sum(b.numel() * b.element_size() for x in out.past_key_values.layers for b in x._buffers),
+        }
+    ]
