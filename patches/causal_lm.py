@@ -29,9 +29,9 @@ def causal_lm_forward(
 ) -> Any:
     """Prefill chunk by chunk where the prompt is longer than `prefill_chunk_size`; else the stock forward."""
     inputs = inputs_embeds if inputs_embeds is not None else input_ids
-    size = patched.settings(self.config).prefill_chunk_size
-    whole = inputs is None or inputs.shape[1] <= size or torch.is_grad_enabled()
-    if whole or any(kwargs.get(name) or getattr(self.config, name, False) for name in _WHOLE_ONLY):
+    tokens = 1 if inputs is None else inputs.shape[1]
+    size = 1 if tokens == 1 else patched.settings(self.config).prefill_chunk_size
+    if tokens <= size or torch.is_grad_enabled() or any(kwargs.get(name) or getattr(self.config, name, False) for name in _WHOLE_ONLY):
         return patched.stock(
             self,
             input_ids=input_ids,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def _bench(args: argparse.Namespace) -> None:
         raise ValueError("bench needs a CUDA device for the shape of Qwen2.5-7B: add --tiny to try the command here")
     if args.what == "mlp" and device.type == "cpu":
         raise ValueError("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
-    rows: list[dict[str, Any]]
+    rows: Iterator[dict[str, Any]]
     if args.what == "attention":
         rows = bench.attention(args.lengths or [131072, 524288], device, args.tiny)
     elif args.what == "stock":
@@ -138,10 +138,12 @@ def _bench(args: argparse.Namespace) -> None:
         rows = bench.mlp((args.lengths or [131072])[0], device, args.tiny)
     else:
         rows = bench.headline((args.lengths or [1_000_000])[0], device, args.tiny)
+    done = []
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items() if key != "seconds" or args.what == "headline"))
-    if args.output:
-        print(f"written to {write_results(args.output, {'shape': 'tiny' if args.tiny else 'Qwen2.5-7B', 'rows': rows})}")
+        print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
+        done.append(row)
+        if args.output:  # after each row: a run that is cut short keeps what it has
+            write_results(args.output, {"shape": "tiny" if args.tiny else "Qwen2.5-7B", "rows": done})
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ class LongContextConfig:
     original_max_position_embeddings: int
     attention_temperature: bool = True
     prefill_chunk_size: int = 32768
-    mlp_chunk_size: int = 4096
+    mlp_chunk_size: int = 2048
     kernel: str = "auto"
 
     def __post_init__(self) -> None:

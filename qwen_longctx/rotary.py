@@ -13,13 +13,18 @@ from qwen_longctx.positions import Kind, key_positions, query_positions
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, each of shape (rows, tokens, 1, head_dim) in the working dtype; rows is 1 or the batch."""
+    """Cosines and signed sines, each of shape (rows, tokens, 1, head_dim) in the working dtype.
+
+    Rows is 1 or the batch; the first half of `sin` is negated, as the rotation wants it.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
     def rows(self, rows: slice, tokens: slice) -> Rotation:
         """The part for some rows of the batch and some tokens."""
+        if tokens.stop - tokens.start == self.cos.shape[1] and self.cos.shape[0] == 1:
+            return self
         rows = rows if self.cos.shape[0] > 1 else slice(None)
         tokens = tokens if self.cos.shape[1] > 1 else slice(None)
         return Rotation(self.cos[rows, tokens], self.sin[rows, tokens])
@@ -43,18 +48,15 @@ def rotation(
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     angles = positions[..., None].to(exact) * inv_freq.to(device=positions.device, dtype=exact)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-    return Rotation((angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype))
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    return Rotation(
+        torch.cat((cos, cos), dim=-1)[:, :, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, :, None].to(dtype)
+    )
 
 
 def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
     """Rotate `x`, shape (batch, tokens, heads, head_dim), by halves (the NeoX layout that Qwen uses)."""
-    half = x.shape[-1] // 2
-    cos, sin = table
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
+    return torch.addcmul(x * table.cos, x.roll(x.shape[-1] // 2, -1), table.sin)
 
 
 class RotaryTables:

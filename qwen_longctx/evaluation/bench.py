@@ -1,6 +1,6 @@
 """Benchmarks on the shape of Qwen2.5-7B with random bf16 weights: right for time and memory, not for quality.
 
-Every function returns plain rows; `cli` writes them to a results file with the environment. Times are CUDA events
+Every function yields plain rows; `cli` writes them to a results file with the environment as they come. Times are CUDA events
 after a warm-up of every shape, medians of interleaved repeats.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,13 +96,14 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, r
     return times
 
 
-def attention(lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 2) -> list[dict[str, Any]]:
+def attention(lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 2) -> Iterator[dict[str, Any]]:
     """Dense dual chunk attention of one layer over a chunked prefill, against the raw cuDNN kernel.
 
     Ours: planning, rotating queries and keys, all segments, merging. Raw: the bare kernel over the same chunks as plain
     causal attention (a causal square and one rectangle a chunk), nothing merged. Both do the same multiplications.
     """
-    return [_attention_row(length, device, tiny, repeats) for length in lengths]
+    for length in lengths:
+        yield _attention_row(length, device, tiny, repeats)
 
 
 @torch.no_grad()
@@ -162,49 +163,70 @@ def _raw_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
 
+class TokenClock:
+    """A streamer that notes when the prompt and each new token reach the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate with tokens on the host."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate at the end."""
+
+
 @torch.no_grad()
 def stock(
     lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 3, new_tokens: int = 32
-) -> list[dict[str, Any]]:
-    """Patched against stock transformers (SDPA), where stock runs: seconds of prefill, seconds a decoded token."""
+) -> Iterator[dict[str, Any]]:
+    """Patched against stock transformers (SDPA) through plain generate, in turns.
+
+    Seconds from the prompt to the first token, and median seconds between tokens.
+    """
     model = random_model(device, tiny)
-    rows = []
     for length in lengths:
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-
-        def run(patched: bool, tokens: int, ids: torch.Tensor = ids) -> None:
-            with patched_qwen(model) if patched else nullcontext():
-                model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-                )
-
-        variants = {
-            f"{name}_{tokens}": (lambda p=patched, t=tokens, r=run: r(p, t))
-            for tokens in (1, 1 + new_tokens)
-            for name, patched in (("stock", False), ("patched", True))
+        seconds: dict[str, list[float]] = {f"{n}_{w}": [] for n in ("stock", "patched") for w in ("prefill", "decode")}
+        for repeat in range(repeats + 1):
+            for name in ("stock", "patched"):
+                with patched_qwen(model) if name == "patched" else nullcontext():
+                    prefill, decode = _first_and_next(model, ids, new_tokens)
+                if repeat:  # the first is a warm-up
+                    seconds[f"{name}_prefill"].append(prefill)
+                    seconds[f"{name}_decode"].append(decode)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        yield {
+            "tokens": length,
+            "new_tokens": new_tokens,
+            **{f"{name}_seconds": round(value, 5) for name, value in medians.items()},
+            "prefill_ratio": round(medians["patched_prefill"] / medians["stock_prefill"], 4),
+            "decode_ratio": round(medians["patched_decode"] / medians["stock_decode"], 4),
+            "seconds": seconds,
         }
-        times = interleaved(variants, device, repeats)
-        row: dict[str, Any] = {"tokens": length, "new_tokens": new_tokens, "repeats": repeats}
-        for name in ("stock", "patched"):
-            prefill = statistics.median(times[f"{name}_1"])
-            whole = statistics.median(times[f"{name}_{1 + new_tokens}"])
-            row[f"{name}_prefill_seconds"] = round(prefill, 4)
-            row[f"{name}_decode_seconds_per_token"] = round((whole - prefill) / new_tokens, 5)
-        row["prefill_ratio"] = round(row["patched_prefill_seconds"] / row["stock_prefill_seconds"], 4)
-        row["decode_ratio"] = round(
-            row["patched_decode_seconds_per_token"] / row["stock_decode_seconds_per_token"], 4
-        )
-        row["seconds"] = times
-        rows.append(row)
-    return rows
+
+
+def _first_and_next(model: Qwen2ForCausalLM, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    clock = TokenClock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens + 1,
+        min_new_tokens=new_tokens + 1,
+        do_sample=False,
+        streamer=clock,
+    )
+    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return gaps[0], statistics.median(gaps[1:])
 
 
 @torch.no_grad()
-def mlp(length: int, device: torch.device, tiny: bool = False) -> list[dict[str, Any]]:
+def mlp(length: int, device: torch.device, tiny: bool = False) -> Iterator[dict[str, Any]]:
     """Peak activation memory of one MLP on a whole prompt, sliced by the patch against stock.
 
     Intermediate activations are what lies between the hidden states that go in and those that come out (Qwen's 71 GB
-    at 1M tokens are two of them).
+    at 1M tokens are two of them). In chunked prefill an MLP meets one chunk at a time; that peak counts its output too.
     """
     with torch.device("meta"):
         config = model_config(tiny)
@@ -216,32 +238,35 @@ def mlp(length: int, device: torch.device, tiny: bool = False) -> list[dict[str,
     module = model.model.layers[0].mlp
     x = torch.randn(1, length, config.hidden_size, device=device, dtype=torch.bfloat16)
 
-    def peak() -> int:
+    def peak(tokens: int) -> int:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        module(x)
+        module(x[:, :tokens])
         return torch.cuda.max_memory_allocated(device) - before
 
-    whole = peak()
+    whole = peak(length)
     with patched_qwen(model):
-        sliced = peak()
+        sliced = peak(length)
+        chunked = peak(min(length, LongContextConfig.prefill_chunk_size))
     out = x.numel() * x.element_size()
-    return [
+    yield from [
         {
             "tokens": length,
             "mlp_chunk_size": LongContextConfig.mlp_chunk_size,
+            "prefill_chunk_size": LongContextConfig.prefill_chunk_size,
             "stock_peak_bytes": whole,
             "sliced_peak_bytes": sliced,
+            "chunked_and_sliced_peak_bytes": chunked,
             "output_bytes": out,
             "cut_of_intermediate_activations": round(1 - (sliced - out) / (whole - out), 5),
-            "cut_with_the_output": round(1 - sliced / whole, 5),
+            "cut_in_chunked_prefill": round(1 - chunked / whole, 5),
         }
     ]
 
 
 @torch.no_grad()
-def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: int = 32) -> list[dict[str, Any]]:
+def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: int = 32) -> Iterator[dict[str, Any]]:
     """One prompt of `length` tokens and `new_tokens` decoded, through the patched model's plain generate."""
     model = random_model(device, tiny)
     ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
@@ -261,7 +286,7 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     seconds = time.perf_counter() - begin
     report = out.past_key_values.report()
     cuda = device.type == "cuda"
-    return [
+    yield from [
         {
             "tokens": length,
             "new_tokens": out.sequences.shape[1] - length,

@@ -292,6 +292,19 @@ def retrieval(model: Any, tokenizer: Any, keys: int, multiples: tuple[int, ...] 
     return {"keys": keys, "trained_length": trained, "patched": patched, "unpatched": stock}
 
 
+def suit_older_transformers(folder: Path) -> None:
+    """Add to a saved checkpoint what transformers 4.57 reads and transformers 5 no longer writes."""
+    config_file, tokenizer_file = folder / "config.json", folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    if "rope_parameters" in config:
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = json.loads(tokenizer_file.read_text())
+    tokenizer.pop("backend", None)
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both generations know
+    tokenizer_file.write_text(json.dumps(tokenizer, indent=2) + "\n")
+
+
 def main() -> None:
     """Train, evaluate and write a checkpoint that ``from_pretrained`` loads; or only evaluate one again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,6 +328,7 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         model.to(torch.bfloat16).save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
+        suit_older_transformers(args.output)
         log = {"seed": SEED, "environment": environment(), "steps": rows}
     model = Qwen2ForCausalLM.from_pretrained(args.output, dtype=torch.float32).to(device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
