@@ -105,7 +105,7 @@ class Recall(IterableDataset):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, seed: int) -> None:
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
-        self._digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+        self._digits = [self._encode(str(digit))[0] for digit in range(10)]
         self._blanks: dict[tuple[str, str], list[int]] = {}
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -193,12 +193,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dual_chunk_attention_config={
-            "chunk_size": TRAINED,
-            "local_size": TRAINED // 4,
-            "original_max_position_embeddings": TRAINED,
-        },
     )
+    chunks = {"chunk_size": TRAINED, "local_size": TRAINED // 4, "original_max_position_embeddings": TRAINED}
+    config.update({"dual_chunk_attention_config": chunks})
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -207,7 +204,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 def set_rope_theta(model: Qwen2ForCausalLM, theta: float) -> None:
     """Raise the rotary base: in the config, and in the frequencies the model uses."""
-    config = model.config
+    config: Any = model.config
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = theta
     else:
@@ -323,14 +320,16 @@ def main() -> None:
         random.seed(SEED)
         torch.manual_seed(SEED)
         tokenizer = train_tokenizer(random.Random(SEED))
-        model = new_model(tokenizer).to(device)
+        model: Any = new_model(tokenizer)
+        model.to(device)
         rows = train(model, tokenizer, device, args.steps_scale, args.workers)
         args.output.mkdir(parents=True, exist_ok=True)
         model.to(torch.bfloat16).save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
         suit_older_transformers(args.output)
-        log = {"seed": SEED, "environment": environment(), "steps": rows}
-    model = Qwen2ForCausalLM.from_pretrained(args.output, dtype=torch.float32).to(device)
+        log = {"seed": SEED, "workers": args.workers, "environment": environment(), "steps": rows}
+    model = Qwen2ForCausalLM.from_pretrained(args.output, dtype=torch.float32)
+    model.to(device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.output)
     found = {"environment": environment(), "dtype": "float32", **retrieval(model, tokenizer, args.keys)}
     log.setdefault("retrieval", []).append(found)
