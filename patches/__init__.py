@@ -159,7 +159,7 @@ def _restore_modules(modules: Iterable[nn.Module], only: set[PatchedMethod | Non
             if method is None:
                 _warn_if_covered(module, slot, kept)
             elif slot == "_old_forward":
-                module._old_forward = MethodType(getattr(type(module), "forward"), module)
+                module._old_forward = MethodType(type(module).forward, module)
             else:
                 delattr(module, slot)
 

@@ -79,8 +79,6 @@ def registered_attention(
     )
 
 
-def registered_mask(
-    *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor | None:
+def registered_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """Hand the 2D padding mask on as it is: never a mask of queries x keys."""
     return attention_mask

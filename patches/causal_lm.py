@@ -31,7 +31,11 @@ def causal_lm_forward(
     inputs = inputs_embeds if inputs_embeds is not None else input_ids
     tokens = 1 if inputs is None else inputs.shape[1]
     size = 1 if tokens == 1 else patched.settings(self.config).prefill_chunk_size
-    if tokens <= size or torch.is_grad_enabled() or any(kwargs.get(name) or getattr(self.config, name, False) for name in _WHOLE_ONLY):
+    if (
+        tokens <= size
+        or torch.is_grad_enabled()
+        or any(kwargs.get(name) or getattr(self.config, name, False) for name in _WHOLE_ONLY)
+    ):
         return patched.stock(
             self,
             input_ids=input_ids,

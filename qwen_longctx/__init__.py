@@ -15,7 +15,7 @@ _here = Path(__file__).resolve().parent
 if not (_here / "patches").is_dir():  # a checkout that is not installed: setup.cfg maps ../patches to this package
     __path__.append(str(_here.parent))
 
-from qwen_longctx import patches  # noqa: E402
+import qwen_longctx.patches as patches  # noqa: E402
 from qwen_longctx.cache import LongContextCache  # noqa: E402
 from qwen_longctx.config import LongContextConfig  # noqa: E402
 

@@ -140,7 +140,10 @@ def _bench(args: argparse.Namespace) -> None:
         rows = bench.headline((args.lengths or [1_000_000])[0], device, args.tiny)
     done = []
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
+        print(
+            "  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)),
+            flush=True,
+        )
         done.append(row)
         if args.output:  # after each row: a run that is cut short keeps what it has
             write_results(args.output, {"shape": "tiny" if args.tiny else "Qwen2.5-7B", "rows": done})

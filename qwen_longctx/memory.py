@@ -60,9 +60,7 @@ def kv_bytes(config: Any, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
 
 
-def activation_bytes(
-    config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig
-) -> int:
+def activation_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> int:
     """Peak of one prefill chunk: the larger of attention and MLP, beside hidden states, residual and norm."""
     rows = min(tokens, settings.prefill_chunk_size) * batch
     queries = config.num_attention_heads * _head_dim(config)

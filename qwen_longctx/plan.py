@@ -144,15 +144,22 @@ def make_plan(
     groups = _groups(rows, cached, tokens, stride, settings, full_length, prompt_length, device)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     tables = RotaryTables(
-        position_ids.to(device), kinds, stride, settings.chunk_size, rotary.inv_freq, rotary.attention_scaling, dtype
+        position_ids.to(device),
+        kinds,
+        stride,
+        settings.chunk_size,
+        rotary.inv_freq,
+        rotary.attention_scaling,
+        dtype,
     )
-    covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == (slice(0, batch), slice(0, tokens))
+    covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == (
+        slice(0, batch),
+        slice(0, tokens),
+    )
     return Plan(groups, covers_all, tables, kernel or settings.kernel, cached + tokens, weights)
 
 
-def _rows(
-    position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, tokens: int, cached: int
-) -> list[Row]:
+def _rows(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, tokens: int, cached: int) -> list[Row]:
     """Geometry of every row. One transfer to the host where nothing is padded."""
     index = torch.arange(cached, cached + tokens, device=position_ids.device)
     low, high = torch.aminmax(index - position_ids)

@@ -30,9 +30,7 @@ class Rotation(NamedTuple):
         return Rotation(self.cos[rows, tokens], self.sin[rows, tokens])
 
 
-def rotation(
-    positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float, dtype: torch.dtype
-) -> Rotation:
+def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float, dtype: torch.dtype) -> Rotation:
     """Table for integer `positions`.
 
     Parameters
@@ -50,7 +48,8 @@ def rotation(
     angles = positions[..., None].to(exact) * inv_freq.to(device=positions.device, dtype=exact)
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     return Rotation(
-        torch.cat((cos, cos), dim=-1)[:, :, None].to(dtype), torch.cat((-sin, sin), dim=-1)[:, :, None].to(dtype)
+        torch.cat((cos, cos), dim=-1)[:, :, None].to(dtype),
+        torch.cat((-sin, sin), dim=-1)[:, :, None].to(dtype),
     )
 
 

@@ -22,7 +22,10 @@ MOE = {
 
 
 def tiny_model(
-    family: str = "qwen2", dtype: torch.dtype = torch.float32, rope: dict[str, Any] | None = None, **config: Any
+    family: str = "qwen2",
+    dtype: torch.dtype = torch.float32,
+    rope: dict[str, Any] | None = None,
+    **config: Any,
 ) -> PreTrainedModel:
     """Two layers, four heads on two, random but equal weights for equal arguments; in eval mode."""
     prefix = CLASSES[family]

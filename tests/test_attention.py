@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from definition import dual_chunk_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from definition import dual_chunk_attention
 from qwen_longctx import LongContextConfig
 from qwen_longctx.attention import attend, weights
 from qwen_longctx.plan import RotarySource, make_plan
@@ -135,7 +135,15 @@ def test_no_temperature_within_the_trained_length():
 def test_unused_room_of_a_static_cache_is_ignored():
     q, k, v = tensors(1, 9, 1, 2)
     plan = make_plan(
-        None, None, batch=1, tokens=9, cached=0, settings=config(12, 4), rotary=ROTARY, dtype=q.dtype, device=q.device
+        None,
+        None,
+        batch=1,
+        tokens=9,
+        cached=0,
+        settings=config(12, 4),
+        rotary=ROTARY,
+        dtype=q.dtype,
+        device=q.device,
     )
     rotated = rotate(k, plan.tables.keys)
     room = torch.full((1, 5, 1, HEAD_DIM), torch.nan, dtype=torch.float64)

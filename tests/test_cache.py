@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from helpers import tiny_model
 from transformers import DynamicCache
 
+from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
 from qwen_longctx.cache import LongContextLayer
 
@@ -125,7 +125,9 @@ def test_no_reallocation_in_a_run(monkeypatch):
     monkeypatch.setattr(module, "_empty", lambda *args: taken.append(args[1]) or original(*args))
     monkeypatch.setattr(LongContextLayer, "_grow", lambda *_: pytest.fail("the cache was reallocated"))
     model = patch_qwen(tiny_model("qwen2"), prefill_chunk_size=23)
-    out = model.generate(torch.randint(1, 90, (1, 150)), max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
+    out = model.generate(
+        torch.randint(1, 90, (1, 150)), max_new_tokens=9, do_sample=False, return_dict_in_generate=True
+    )
     assert taken == [159] * 4  # keys and values of two layers
     report = out.past_key_values.report()
     assert report["tokens"] == 150 and report["tokens_per_second"] > 0

@@ -12,7 +12,14 @@ from qwen_longctx.kernels.merge import merge
 from qwen_longctx.kernels.reference import reference, weights
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-SHAPES = [(1, 1, 1, 2, 2), (2, 5, 5, 4, 2), (1, 3, 70, 6, 2), (1, 64, 64, 4, 1), (2, 1, 33, 7, 1), (1, 300, 411, 4, 2)]
+SHAPES = [
+    (1, 1, 1, 2, 2),
+    (2, 5, 5, 4, 2),
+    (1, 3, 70, 6, 2),
+    (1, 64, 64, 4, 1),
+    (2, 1, 33, 7, 1),
+    (1, 300, 411, 4, 2),
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from definition import dense_model
-from helpers import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from definition import dense_model
+from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
 
 CHUNK, LOCAL = 64, 16
@@ -23,8 +23,7 @@ def continued(model, ids, cuts, cache=None):
     """Logits of all tokens, fed a piece at a time."""
     cache = cache if cache is not None else LongContextCache()
     outs = [
-        model(ids[:, a:b], past_key_values=cache, use_cache=True).logits
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in zip(cuts, cuts[1:], strict=False)
     ]
     return torch.cat(outs, 1)
 

@@ -8,9 +8,9 @@ import logging
 
 import pytest
 import torch
-from helpers import tiny_model
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
+from helpers import tiny_model
 from qwen_longctx import patch_qwen, patched_qwen, patches, unpatch_qwen
 
 METHODS = [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from definition import relative_rotations, turn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from definition import relative_rotations, turn
 from qwen_longctx.positions import key_positions, query_positions, spans
 from qwen_longctx.rotary import RotaryTables, rotate, rotation
 

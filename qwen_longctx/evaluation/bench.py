@@ -1,7 +1,7 @@
 """Benchmarks on the shape of Qwen2.5-7B with random bf16 weights: right for time and memory, not for quality.
 
-Every function yields plain rows; `cli` writes them to a results file with the environment as they come. Times are CUDA events
-after a warm-up of every shape, medians of interleaved repeats.
+Every function yields plain rows; `cli` writes them to a results file with the environment as they come. Times are
+medians of interleaved repeats after a warm-up of every shape.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ ROPE_THETA = 10_000_000.0
 def model_config(tiny: bool = False) -> Qwen2Config:
     """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests."""
     config = Qwen2Config(
-        **(SHAPE_TINY if tiny else SHAPE_7B), dual_chunk_attention_config=GEOMETRY_1M, tie_word_embeddings=False
+        **(SHAPE_TINY if tiny else SHAPE_7B),
+        dual_chunk_attention_config=GEOMETRY_1M,
+        tie_word_embeddings=False,
     )
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = ROPE_THETA
@@ -96,7 +98,9 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, r
     return times
 
 
-def attention(lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 2) -> Iterator[dict[str, Any]]:
+def attention(
+    lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 2
+) -> Iterator[dict[str, Any]]:
     """Dense dual chunk attention of one layer over a chunked prefill, against the raw cuDNN kernel.
 
     Ours: planning, rotating queries and keys, all segments, merging. Raw: the bare kernel over the same chunks as plain

@@ -45,7 +45,11 @@ def _own_version() -> str:
 
 def _gpu(index: int) -> dict[str, Any]:
     found = torch.cuda.get_device_properties(index)
-    return {"name": found.name, "memory_bytes": found.total_memory, "multiprocessors": found.multi_processor_count}
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+    }
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> Path:

@@ -100,7 +100,12 @@ def random_key(source: random.Random) -> str:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], repeats: int = 1, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    repeats: int = 1,
+    seed: int = 0,
 ) -> list[Record]:
     """Ask for a key at every length and depth, `repeats` times, by greedy ``model.generate``.
 
@@ -150,9 +155,7 @@ def is_correct(answer: str, key: str) -> bool:
 def accuracy(records: Sequence[Record]) -> dict[int, float]:
     """Share of keys found, by length."""
     lengths = sorted({record.length for record in records})
-    return {
-        n: sum(r.correct for r in records if r.length == n) / sum(r.length == n for r in records) for n in lengths
-    }
+    return {n: sum(r.correct for r in records if r.length == n) / sum(r.length == n for r in records) for n in lengths}
 
 
 def as_rows(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     Returns
     -------
     out, lse
-        Of the same shapes and dtypes. Sums run in float32 at least. A query that is empty in all parts gives 0 and -inf.
+        Of the same shapes and dtypes. Sums run in float32 at least. A query empty in all parts gives 0 and -inf.
     """
     if len(parts) == 1:
         return parts[0]
@@ -31,9 +31,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1), lse
 
 
-def _weighted(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, start: int
-) -> torch.Tensor:
+def _weighted(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, start: int) -> torch.Tensor:
     tokens = slice(start, start + TOKENS_AT_A_TIME)
     total = parts[0][0][:, tokens] * weights[0, :, tokens]
     for (out, _), weight in zip(parts[1:], weights[1:], strict=True):

@@ -30,7 +30,16 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import patched_qwen
 from qwen_longctx.evaluation.environment import environment
-from qwen_longctx.evaluation.passkey import INTRO, NAME, NEEDLE, NOISE, QUESTION, accuracy, evaluate, random_key
+from qwen_longctx.evaluation.passkey import (
+    INTRO,
+    NAME,
+    NEEDLE,
+    NOISE,
+    QUESTION,
+    accuracy,
+    evaluate,
+    random_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +66,24 @@ STAGES = (Stage(64, 1_000.0, 2000, 512), Stage(128, 3_000.0, 2000, 256), Stage(2
 TRAINED = STAGES[-1].length
 
 _NAMES = (
-    *("door code", "safe code", "room number", "bus number", "secret number", "magic number", "ticket number"),
-    *("order number", "house number", "phone code", "train number", "gate code", "box number", "lucky number"),
+    *(
+        "door code",
+        "safe code",
+        "room number",
+        "bus number",
+        "secret number",
+        "magic number",
+        "ticket number",
+    ),
+    *(
+        "order number",
+        "house number",
+        "phone code",
+        "train number",
+        "gate code",
+        "box number",
+        "lucky number",
+    ),
     *("bank code", "garden code", "ship number", "post code", "member number", "test number", "seat number"),
 )
 _WHO = "The farmer|My sister|A tall man|The old teacher|Our neighbour|The small dog|A quiet girl|The baker".split("|")
@@ -224,7 +249,11 @@ def loss_of(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tuple[to
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, device: torch.device, scale: float, workers: int
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    scale: float,
+    workers: int,
 ) -> list[dict[str, Any]]:
     """Run all stages; returns the log, a row every hundred steps."""
     stages = [Stage(s.length, s.rope_theta, max(1, round(s.steps * scale)), s.batch) for s in STAGES]
