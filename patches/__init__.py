@@ -86,7 +86,7 @@ def _apply_to_classes(overrides: dict[str, Any]) -> None:
         before = vars(owner).get(replacement.method, _MISSING)
         stock = stock_function(getattr(owner, replacement.method))
         _CLASSES[owner, replacement.method] = before
-        setattr(owner, replacement.method, PatchedMethod(replacement.function, stock, overrides))
+        setattr(owner, replacement.method, PatchedMethod(replacement.function, stock, overrides).as_function())
     for module in _live(tuple(owner for owner, _ in targets)):
         for slot in _slots(module):
             _rebind(module, slot)
@@ -104,9 +104,10 @@ def _rebind(module: nn.Module, slot: str) -> None:
     """Point a bound stock method that a hook or recorder keeps at the class's own, patched one."""
     kept = vars(module).get(slot)
     method = "forward" if slot == "_old_forward" else slot
-    ours = patched_method(getattr(type(module), method, None))
+    of_class = getattr(type(module), method, None)
+    ours = patched_method(of_class)
     if ours is not None and getattr(kept, "__func__", None) is ours.stock:
-        setattr(module, slot, MethodType(ours, module))
+        setattr(module, slot, MethodType(of_class, module))
 
 
 def _apply_to_model(model: nn.Module, overrides: dict[str, Any]) -> None:
@@ -121,7 +122,8 @@ def _apply_to_model(model: nn.Module, overrides: dict[str, Any]) -> None:
         if slot == "forward" and "_old_forward" in vars(module):
             slot = "_old_forward"
         stock = stock_function(getattr(type(module), replacement.method))
-        setattr(module, slot, MethodType(PatchedMethod(replacement.function, stock, overrides), module))
+        method = PatchedMethod(replacement.function, stock, overrides).as_function()
+        setattr(module, slot, MethodType(method, module))
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[nn.Module, Replacement]]:

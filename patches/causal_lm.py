@@ -9,7 +9,7 @@ import torch
 from qwen_longctx import prefill
 from qwen_longctx.cache import LongContextCache
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.patches.model import cached_tokens, padding_mask
+from qwen_longctx.patches.model import cached_tokens, check_cache_type, padding_mask
 
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -49,6 +49,7 @@ def causal_lm_forward(
             **kwargs,
         )
     assert inputs is not None
+    check_cache_type(past_key_values)
     cached = cached_tokens(past_key_values)
     total = cached + inputs.shape[1]
     cache = past_key_values if past_key_values is not None else LongContextCache(total)
@@ -63,7 +64,7 @@ def causal_lm_forward(
         cache=cache,
         size=size,
         keep=_kept(0 if labels is not None else logits_to_keep, inputs.shape[1]),
-        prompt_length=max(total, getattr(cache, "prompt_length", 0)),
+        prompt_length=getattr(cache, "prompt_length", 0) or total,
         **kwargs,
     )
     if labels is not None:

@@ -14,7 +14,7 @@ from packaging.version import Version
 from qwen_longctx.patches.attention import attention_forward
 from qwen_longctx.patches.causal_lm import causal_lm_forward
 from qwen_longctx.patches.generation import generate
-from qwen_longctx.patches.method import PatchedMethod
+from qwen_longctx.patches.method import patched_method
 from qwen_longctx.patches.mlp import mlp_forward
 from qwen_longctx.patches.model import model_forward
 
@@ -96,7 +96,5 @@ class Family:
 
 def stock_function(attribute: Any) -> Callable[..., Any]:
     """The function as transformers wrote it, under any patch of ours."""
-    function = getattr(attribute, "__func__", attribute)
-    while isinstance(function, PatchedMethod):
-        function = function.stock
-    return function
+    patched = patched_method(attribute)
+    return patched.stock if patched is not None else getattr(attribute, "__func__", attribute)

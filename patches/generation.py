@@ -9,7 +9,7 @@ import torch
 from qwen_longctx import memory
 from qwen_longctx.cache import LongContextCache
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.patches.model import cached_tokens, check_cache, masks_left_2d, padding_mask
+from qwen_longctx.patches.model import cached_tokens, check_cache_type, check_static_cache, masks_left_2d, padding_mask
 
 
 def generate(
@@ -25,6 +25,7 @@ def generate(
     prompt = _prompt(inputs, kwargs)
     padding_mask(kwargs.get("attention_mask"))
     cache = kwargs.get("past_key_values")
+    check_cache_type(cache)
     length = _final_length(prompt, cache, config, kwargs)
     implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
     if implementation in ("static", "offloaded_static", "paged") and length > settings.stride:
@@ -32,7 +33,7 @@ def generate(
             f"cache_implementation={implementation!r} holds one chunk of {settings.stride} tokens at most, this run "
             f"has {length}: leave it out and generate() takes a LongContextCache"
         )
-    check_cache(cache, length, settings)
+    check_static_cache(cache, length, settings)
     uses_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
     if cache is None and implementation in (None, "dynamic") and uses_cache is not False and prompt is not None:
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1

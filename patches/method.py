@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
+from dataclasses import dataclass
 from typing import Any
 
 from qwen_longctx.config import LongContextConfig
 
 
+@dataclass(frozen=True, eq=False)
 class PatchedMethod:
-    """Stands in for `stock` on a class or an instance and keeps its signature.
-
-    Calls ``function(patched, instance, *args, **kwargs)``, so that the replacement can reach the stock method and
-    the overrides; neither lives on a module.
+    """What a replacement knows; neither lives on a module.
 
     Parameters
     ----------
     function : callable
-        The replacement.
+        The replacement, called as ``function(patched, instance, *args, **kwargs)``.
     stock : callable
         The function replaced, as transformers wrote it.
     overrides : dict
         Keyword overrides of `LongContextConfig`.
     """
 
-    def __init__(self, function: Callable[..., Any], stock: Callable[..., Any], overrides: dict[str, Any]) -> None:
-        functools.update_wrapper(self, stock)
-        self.function = function
-        self.stock = stock
-        self.overrides = overrides
+    function: Callable[..., Any]
+    stock: Callable[..., Any]
+    overrides: dict[str, Any]
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
+    def as_function(self) -> Callable[..., Any]:
+        """A plain function with the stock signature, to stand on a class or to be bound to an instance."""
+        patched = self
 
-    def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, instance, *args, **kwargs)
+        @functools.wraps(self.stock)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return patched.function(patched, self, *args, **kwargs)
+
+        method.qwen_longctx = self  # type: ignore[attr-defined]
+        return method
 
     def settings(self, config: Any) -> LongContextConfig:
         """The settings for a model of this config, read now: users may change the config after loading."""
@@ -46,4 +47,4 @@ class PatchedMethod:
 def patched_method(attribute: Any) -> PatchedMethod | None:
     """The `PatchedMethod` behind a class or instance attribute, if it is one."""
     function = getattr(attribute, "__func__", attribute)
-    return function if isinstance(function, PatchedMethod) else None
+    return vars(function).get("qwen_longctx") if callable(function) and hasattr(function, "__dict__") else None

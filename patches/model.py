@@ -34,8 +34,9 @@ def model_forward(
         raise ValueError("give input_ids or inputs_embeds: the forward got neither")
     settings = patched.settings(self.config)
     attention_mask = padding_mask(attention_mask)
+    check_cache_type(past_key_values)
     grown = cached_tokens(past_key_values) + inputs.shape[1]
-    check_cache(past_key_values, grown, settings)
+    check_static_cache(past_key_values, grown, settings)
     keeps_graph = torch.is_grad_enabled() and _requires_grad(self, inputs_embeds)
     if keeps_graph:
         _check_training(grown, settings)
@@ -109,13 +110,15 @@ def padding_mask(mask: Any) -> torch.Tensor | None:
     return mask
 
 
-def check_cache(cache: Any, length: int, settings: LongContextConfig) -> None:
-    """Refuse caches whose layout cannot hold more than one chunk."""
-    if cache is None:
-        return
+def check_cache_type(cache: Any) -> None:
+    """Refuse what is no transformers cache of one run."""
     name = type(cache).__name__
-    if not hasattr(cache, "get_seq_length") or "Paged" in name:
+    if cache is not None and (not hasattr(cache, "get_seq_length") or "Paged" in name):
         raise NotImplementedError(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
+
+
+def check_static_cache(cache: Any, length: int, settings: LongContextConfig) -> None:
+    """Refuse a static cache beyond one chunk."""
     if isinstance(cache, StaticCache) and length > settings.stride:
         raise NotImplementedError(
             f"a static cache holds one chunk of {settings.stride} tokens at most, this run has {length}: "

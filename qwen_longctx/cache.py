@@ -97,9 +97,12 @@ class LongContextLayer(DynamicLayer):
         """Tokens held."""
         return self._length
 
-    def crop(self, max_length: int) -> None:
-        """Keep `max_length` tokens, or drop ``-max_length`` if negative: transformers uses both. Nothing is copied."""
-        keep = self._length + max_length if max_length < 0 else max_length
+    def crop(self, tokens: int) -> None:
+        """Keep `tokens` tokens, or drop ``-tokens`` if negative, as transformers of different ages ask for.
+
+        0 drops nothing, as in assisted decoding when every candidate is taken. Nothing is copied.
+        """
+        keep = tokens if tokens > 0 else self._length + tokens
         self._length = max(0, min(keep, self._length))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -57,7 +57,7 @@ def test_unknown_length_grows_by_half():
     assert torch.equal(layer.keys, k) and torch.equal(layer.values, v)
 
 
-@pytest.mark.parametrize("argument, left", [(4, 4), (-2, 7), (100, 9), (-100, 0), (9, 9)])
+@pytest.mark.parametrize("argument, left", [(4, 4), (-2, 7), (100, 9), (-100, 0), (9, 9), (0, 9)])
 def test_crop_keeps_or_removes(argument, left):
     layer, k, _ = filled(20)
     before = addresses(layer)

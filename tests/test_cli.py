@@ -1,0 +1,71 @@
+"""The commands, run in process on the bundled checkpoint and toy shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qwen_longctx import cli
+from qwen_longctx.cli import BUNDLED, main
+from qwen_longctx.evaluation.environment import environment, write_results
+
+
+def test_demo(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO_CELLS", ((1, 2), (4, 2)))
+    assert main(["demo"]) == 0
+    table = capsys.readouterr().out
+    assert "trained to 256 tokens" in table
+    assert [line.split()[:3] for line in table.splitlines()[-2:]] == [["256", "1x", "2"], ["1,024", "4x", "2"]]
+    assert [line.split()[-1] for line in table.splitlines()[-2:]] == ["100%", "100%"]
+
+
+def test_passkey(tmp_path, capsys):
+    output = tmp_path / "deep" / "passkey.json"
+    command = ["passkey", "--model", str(BUNDLED), "--lengths", "512", "256", "--depths", "0.5", "--repeats", "2"]
+    assert main([*command, "--dtype", "float32", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert [r["length"] for r in found["records"]] == [256, 256, 512, 512]
+    assert all(r["correct"] == (r["key"] in r["answer"]) for r in found["records"])
+    assert found["patched"] and found["trained_length"] == 256 and found["environment"]["packages"]["torch"]
+    assert "256 tokens: 100% of 2 keys found" in capsys.readouterr().out
+
+
+def test_passkey_without_the_patch(capsys):
+    command = ["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "0.5", "--dtype", "float32"]
+    assert main([*command, "--no-patch"]) == 0
+
+
+def test_passkey_refuses_a_depth(capsys):
+    assert main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"]) == 2
+    assert "--depths must lie between 0 and 1, got 2.0" in capsys.readouterr().err
+
+
+def test_plan(capsys):
+    assert main(["plan", "--model", str(BUNDLED), "--tokens", "1000000"]) == 0
+    assert "KV cache" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "can be patched" in out and "prefill runs on cpu" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+@pytest.mark.parametrize("what", ["attention", "stock", "headline"])
+def test_bench(what, tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    assert main(["bench", what, "--tiny", "--lengths", "300", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    (row,) = found["rows"]
+    assert row["tokens"] == 300 and found["shape"] == "tiny"
+    if what == "headline":
+        assert row["new_tokens"] == 32 and row["kv_cache_bytes"] == 332 * 2 * 2 * 2 * 16 * 2
+
+
+def test_environment(tmp_path):
+    path = write_results(tmp_path / "x.json", {"rows": []})
+    assert json.loads(path.read_text())["environment"] == environment()
+    assert str(tmp_path) not in path.read_text()

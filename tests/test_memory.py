@@ -1,0 +1,56 @@
+"""The estimate against the shapes it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen_longctx import LongContextConfig, memory
+from qwen_longctx.evaluation.bench import model_config
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def config():
+    return model_config()
+
+
+@pytest.fixture(scope="module")
+def settings(config):
+    return LongContextConfig.from_model_config(config)
+
+
+def test_the_shape_of_the_7b(config, settings):
+    assert memory.kv_bytes(config, BF16) == 57_344
+    found = memory.estimate(config, 1_010_000, 1, BF16, settings)
+    assert found.kv_cache == 57_344 * 1_010_000
+    assert found.weights == pytest.approx(15.2e9, rel=0.01)
+    assert found.total < 79 * memory.GIB
+
+
+def test_the_estimate_covers_what_was_measured(config, settings):
+    """Peak of the 1,000,000-token run on an H100 (benchmarks/results/headline.json): 75,184,612,352 bytes."""
+    estimate = memory.estimate(config, 1_000_032, 1, BF16, settings).total
+    assert estimate * 1.005 >= 75_184_612_352 and estimate <= 75_184_612_352 * 1.03
+
+
+def test_activations_do_not_grow_with_the_prompt(config, settings):
+    short, long = (memory.activation_bytes(config, n, 1, BF16, settings) for n in (32_768, 1_000_000))
+    assert short == long
+
+
+def test_what_fits_is_said(config, settings):
+    free = 20 * memory.GIB
+    with pytest.raises(MemoryError, match="20.0 GiB are free: (.*) tokens would fit") as told:
+        memory.check_fits(config, 1_000_000, 1, BF16, free, settings)
+    fit = int(str(told.value).split("free: ")[1].split(" tokens")[0].replace(",", ""))
+    memory.check_fits(config, fit, 1, BF16, free, settings)
+    with pytest.raises(MemoryError):
+        memory.check_fits(config, fit + 1, 1, BF16, free, settings)
+
+
+@pytest.mark.parametrize("tokens, batch", [(0, 1), (5, 0)])
+def test_nothing_to_estimate(config, settings, tokens, batch):
+    with pytest.raises(ValueError, match=f"tokens and batch must be at least 1, got {tokens} and {batch}"):
+        memory.estimate(config, tokens, batch, BF16, settings)

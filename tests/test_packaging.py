@@ -1,0 +1,86 @@
+"""Every way to install, and none: `qwen_longctx.patches` and the bundled checkpoint are found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = (
+    "import qwen_longctx.patches.qwen2, qwen_longctx.cli as c; "
+    "print(c.BUNDLED.joinpath('model.safetensors').exists(), qwen_longctx.patches.__file__)"
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources, as a fresh clone has them."""
+    target = tmp_path_factory.mktemp("clone") / "repo"
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "benchmarks")
+    shutil.copytree(ROOT, target, ignore=skip)
+    return target
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A bare environment that sees this one's torch and transformers, but not this project."""
+    venv.create(tmp_path / "env", with_pip=True)
+    path = tmp_path / "env" / "bin" / "python"
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    kept = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "parent.pth").write_text("\n".join(kept) + "\n")
+    return path
+
+
+def call(python, *arguments, cwd):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def probe(python, cwd):
+    """Without the .pth of an editable install of the tests' own environment in the way."""
+    found, place = call(python, "-c", PROBE, cwd=cwd).split()
+    assert found == "True"
+    return Path(place)
+
+
+def install(python, *arguments, cwd):
+    return call(python, "-m", "pip", "install", "-q", "--no-deps", *arguments, cwd=cwd)
+
+
+def test_wheel_and_from_inside_the_checkout(python, checkout, tmp_path):
+    install(python, "--force-reinstall", str(checkout), cwd=tmp_path)
+    assert tmp_path in probe(python, tmp_path).parents
+    assert probe(python, checkout) == checkout / "patches" / "__init__.py"
+
+
+def test_sdist(python, checkout, tmp_path):
+    call(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, cwd=checkout)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    install(python, "--force-reinstall", str(archive), cwd=tmp_path)
+    assert tmp_path in probe(python, tmp_path).parents
+
+
+def test_editable(python, checkout, tmp_path):
+    install(python, "--force-reinstall", "-e", str(checkout), cwd=tmp_path)
+    assert probe(python, tmp_path) == checkout / "patches" / "__init__.py"
+
+
+def test_old_pip_editable(python, checkout, tmp_path):
+    """pip 23.2.1 with `wheel` present: without pyproject.toml it would lose the patches."""
+    call(python, "-m", "pip", "install", "-q", "pip==23.2.1", "wheel", "setuptools", cwd=tmp_path)
+    install(python, "--force-reinstall", "-e", str(checkout), cwd=tmp_path)
+    assert probe(python, tmp_path) == checkout / "patches" / "__init__.py"
+
+
+def test_uninstalled_checkout(python, checkout):
+    assert probe(python, checkout) == checkout / "patches" / "__init__.py"
