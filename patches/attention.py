@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qwen_longctx import attention
+from qwen_longctx.cache import LongContextCache
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.plan import Plan
 from qwen_longctx.rotary import rotate
@@ -54,6 +55,8 @@ def _cache(
     cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Append to any transformers cache; tensors of shape (batch, tokens, kv_heads, head_dim) in and out."""
+    if isinstance(cache, LongContextCache):
+        return cache.append(k, v, layer)
     extra = {"cache_position": kwargs["cache_position"]} if kwargs.get("cache_position") is not None else None
     keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer, *([extra] if extra else []))
     return keys.transpose(1, 2), values.transpose(1, 2)

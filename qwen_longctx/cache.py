@@ -72,17 +72,22 @@ class LongContextLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append tokens; both of shape (batch, kv_heads, tokens, head_dim). Returns views of all tokens so far."""
+        keys, values = self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` in the layout of the buffers, shape (batch, tokens, kv_heads, head_dim), in and out."""
         if self._buffers is None:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
         assert self._buffers is not None
-        start, stop = self._length, self._length + key_states.shape[2]
+        start, stop = self._length, self._length + k.shape[1]
         if stop > self._buffers[0].shape[1]:
             self._grow(max(stop, int(stop * _GROWTH), _SMALLEST))
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, start:stop] = states.transpose(1, 2)
-        self._length = stop
         keys, values = self._buffers
-        return keys[:, :stop].transpose(1, 2), values[:, :stop].transpose(1, 2)
+        keys[:, start:stop] = k
+        values[:, start:stop] = v
+        self._length = stop
+        return keys[:, :stop], values[:, :stop]
 
     def _grow(self, room: int) -> None:
         assert self._buffers is not None
@@ -158,6 +163,12 @@ class LongContextCache(DynamicCache):
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.peak_memory_bytes = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to one layer in the layout of its buffers: spares decode the transpositions of `update`."""
+        while len(self.layers) <= layer:
+            self.layers.append(self.layer_class_to_replicate())
+        return self.layers[layer].append(k, v)
 
     def report(self) -> dict[str, float]:
         """What the prefill cost: tokens, seconds, tokens per second, peak memory in bytes (0 without CUDA)."""

@@ -183,7 +183,7 @@ class TokenClock:
 
 @torch.no_grad()
 def stock(
-    lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 3, new_tokens: int = 32
+    lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 5, new_tokens: int = 64
 ) -> Iterator[dict[str, Any]]:
     """Patched against stock transformers (SDPA) through plain generate, in turns.
 
