@@ -94,9 +94,12 @@ def _apply_to_classes(overrides: dict[str, Any]) -> None:
 
 def _check_values(overrides: dict[str, Any]) -> None:
     """Validate what can be validated without a checkpoint."""
-    unknown = {"chunk_size": 1 << 40, "local_size": 1, "original_max_position_embeddings": 1}
-    if "chunk_size" in overrides and "local_size" not in overrides:
-        unknown["local_size"] = 1
+    chunk = overrides.get("chunk_size", 1 << 40)
+    unknown = {
+        "chunk_size": chunk,
+        "local_size": max(1, chunk // 4) if isinstance(chunk, int) else 1,
+        "original_max_position_embeddings": 1,
+    }
     LongContextConfig(**{**unknown, **overrides})
 
 

@@ -40,13 +40,16 @@ def attention_forward(
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     k = rotate(k, dual_chunk.tables.keys)
+    key_means = None
     if past_key_values is not None:
         k, v = _cache(past_key_values, k, v, self.layer_idx, kwargs)
+        if isinstance(past_key_values, LongContextCache):
+            key_means = past_key_values.layers[self.layer_idx].key_means
     if self.training and self.attention_dropout:
         raise NotImplementedError(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
-    out = attention.attend(q, k, v, dual_chunk, self.scaling).flatten(2)
+    out = attention.attend(q, k, v, dual_chunk, self.scaling, self.layer_idx, key_means).flatten(2)
     weights = attention.weights(q, k, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
 

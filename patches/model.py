@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import StaticCache
+from transformers.utils import logging as transformers_logging
 
+from qwen_longctx import sparsity
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.patches.attention import IMPLEMENTATION
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.plan import Plan, RotarySource, make_plan
+from qwen_longctx.sparsity.state import Request, state_of
+
+logger = transformers_logging.get_logger(__name__)
 
 
 def model_forward(
@@ -42,6 +47,10 @@ def model_forward(
         _check_training(grown, settings)
     if keeps_graph and past_key_values is None and grown > settings.stride:
         use_cache = False  # one chunk of its own: its keys could not be continued
+    weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+    prompt_length = prompt_length or getattr(past_key_values, "prompt_length", 0)
+    exact = keeps_graph or weights or inputs.shape[1] == 1
+    sparse = None if exact else _sparse(settings, self.config, past_key_values, max(prompt_length, grown))
     plan = _plan(
         self,
         inputs,
@@ -49,13 +58,14 @@ def model_forward(
         position_ids,
         past_key_values,
         settings,
-        prompt_length=prompt_length or getattr(past_key_values, "prompt_length", 0),
+        prompt_length=prompt_length,
         one_chunk=keeps_graph and past_key_values is None and grown > settings.stride,
         kernel="reference" if keeps_graph and grown > settings.stride else None,
-        weights=bool(kwargs.get("output_attentions", self.config.output_attentions)),
+        weights=weights,
+        sparse=sparse,
     )
     with masks_left_2d(self.config):
-        return patched.stock(
+        outputs = patched.stock(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -66,6 +76,21 @@ def model_forward(
             dual_chunk=plan,
             **kwargs,
         )
+    if sparse is not None:
+        sparse.state.check()
+    return outputs
+
+
+def _sparse(settings: LongContextConfig, config: Any, cache: Any, length: int) -> Request | None:
+    """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
+    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
+        return None
+    request = sparsity.request(settings, config, state_of(cache))
+    logger.warning_once(
+        f"Sparse prefill ({request.name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
+        'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
+    )
+    return request
 
 
 @torch.compiler.disable

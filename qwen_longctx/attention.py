@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
-from qwen_longctx import kernels
+from qwen_longctx import kernels, sparsity
+from qwen_longctx.cache import mean_keys
 from qwen_longctx.kernels.merge import merge
 from qwen_longctx.kernels.reference import weights as attention_weights
 from qwen_longctx.plan import Plan, RowGroup
-from qwen_longctx.positions import Span
+from qwen_longctx.positions import Kind, Span
 from qwen_longctx.rotary import rotate
+from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.sparsity.view import Piece, SpanView
+
+KeyMeans = Callable[[int], torch.Tensor]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    layer: int = 0,
+    key_means: KeyMeans | None = None,
+) -> torch.Tensor:
     """Attend from the tokens of this forward to all keys so far (Qwen2.5-1M report, section 5.1).
 
     Parameters
@@ -25,57 +41,93 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale:
     plan : Plan
     scale : float
         Softmax scale without the attention temperature.
+    layer : int
+        Number of the layer, for the budgets of sparse prefill.
+    key_means : callable, optional
+        ``key_means(size)``: means of every `size` keys of `k`, if the cache keeps them.
 
     Returns
     -------
     torch.Tensor
         Shape and dtype of `q`; zero at padding.
     """
+    call = _Call(plan, scale, layer, key_means if plan.covers_all else None)
     if plan.covers_all:
-        return _attend_rows(q, k, v, plan, plan.groups[0], scale)
+        return _attend_rows(q, k, v, call, plan.groups[0])
     out = torch.zeros_like(q)
     for group in plan.groups:
         mine = q[group.rows, group.queries]
-        out[group.rows, group.queries] = _attend_rows(mine, k[group.rows], v[group.rows], plan, group, scale)
+        out[group.rows, group.queries] = _attend_rows(mine, k[group.rows], v[group.rows], call, group)
     return out
 
 
-def _attend_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, group: RowGroup, scale: float
-) -> torch.Tensor:
+class _Call(NamedTuple):
+    """What all spans of one call of `attend` share."""
+
+    plan: Plan
+    scale: float
+    layer: int
+    key_means: KeyMeans | None
+
+
+def _attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, group: RowGroup) -> torch.Tensor:
     if isinstance(group.temperature, torch.Tensor):
         q = (q * group.temperature).to(q.dtype)
     else:
-        scale = scale * group.temperature
+        call = call._replace(scale=call.scale * group.temperature)
     if len(group.spans) == 1:
-        return _attend_span(q, k, v, plan, group, group.spans[0], 0, scale)
+        return _attend_span(q, k, v, call, group, group.spans[0], 0)
     first = group.spans[0].start
     outs = []
     for span in group.spans:
         mine = q[:, span.start - first : span.stop - first]
-        outs.append(_attend_span(mine, k, v, plan, group, span, span.start - first, scale))
+        outs.append(_attend_span(mine, k, v, call, group, span, span.start - first))
     return torch.cat(outs, dim=1)
 
 
 def _attend_span(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, group: RowGroup, span: Span, done: int
+) -> torch.Tensor:
+    plan = call.plan
+    start = group.queries.start + done
+    tokens = slice(start, start + q.shape[1])
+    pieces = [Piece(s, rotate(q, plan.tables.queries[s.kind].rows(group.rows, tokens))) for s in span.segments]
+    request = plan.sparse
+    if request is not None and request.takes(span):
+        tiles = Tiles.of(span, request.settings.block_size, q.device)
+        return sparsity.attend(*_view(q, k, v, call, group, tiles, span, tuple(pieces)), request)
+    kernel = kernels.get(plan.kernel)
+    parts = []
+    for (kind, key_start, key_stop), turned in pieces:
+        mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]
+        parts.append(kernel(turned, *mine, causal=kind == "intra", scale=call.scale))
+    return merge(parts)[0]
+
+
+def _view(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan,
+    call: _Call,
     group: RowGroup,
+    tiles: Tiles,
     span: Span,
-    done: int,
-    scale: float,
-) -> torch.Tensor:
-    kernel = kernels.get(plan.kernel)
-    start = group.queries.start + done
-    tokens = slice(start, start + q.shape[1])
-    parts = []
-    for kind, key_start, key_stop in span.segments:
-        turned = rotate(q, plan.tables.queries[kind].rows(group.rows, tokens))
-        mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]
-        parts.append(kernel(turned, *mine, causal=kind == "intra", scale=scale))
-    return merge(parts)[0]
+    pieces: tuple[Piece, ...],
+) -> tuple[SpanView, torch.Tensor]:
+    """The span as selection rules see it, and the values of its keys."""
+    keys, values = (_tokens(x, group.offset, span.stop + group.offset) for x in (k, v))
+    tables = call.plan.tables
+
+    def key_means(size: int) -> torch.Tensor:
+        if call.key_means is None or group.offset:
+            return mean_keys(keys, size)
+        return call.key_means(size)[:, : span.stop // size]
+
+    def selection_q(kind: Kind, rows: int) -> torch.Tensor:
+        positions = torch.arange(span.stop - rows, span.stop, device=q.device)
+        return rotate(q[:, -rows:], tables.selection(kind, positions[None]))
+
+    return SpanView(call.layer, span, tiles, pieces, keys, call.scale, key_means, selection_q), values
 
 
 def _tokens(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:

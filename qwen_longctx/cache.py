@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from qwen_longctx.sparsity.state import SparseState
+
 _GROWTH = 1.5  # amortised, where the length is not known beforehand
 _SMALLEST = 256
 
@@ -27,6 +29,8 @@ class LongContextLayer(DynamicLayer):
     def __init__(self, capacity: int = 0) -> None:
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._length = 0
+        self._means: torch.Tensor | None = None
+        self._mean_size = 0
         self.capacity = capacity
         super().__init__()
 
@@ -52,12 +56,12 @@ class LongContextLayer(DynamicLayer):
     def _adopt(self, which: int, value: torch.Tensor | None) -> None:
         """Take what transformers assigns (offloaded tensors, say) as a full buffer."""
         if value is None:
-            self._buffers, self._length = None, 0
+            self._buffers, self._length, self._means = None, 0, None
             return
         taken = value.transpose(1, 2)
         other = taken if self._buffers is None else self._buffers[1 - which]
         self._buffers = (taken, other) if which == 0 else (other, taken)
-        self._length = taken.shape[1]
+        self._length, self._means = taken.shape[1], None
 
     def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
         """Take the room: `key_states` of shape (batch, kv_heads, tokens, head_dim) gives batch, dtype and device."""
@@ -98,6 +102,17 @@ class LongContextLayer(DynamicLayer):
             grown.append(new)
         self._buffers = (grown[0], grown[1])
 
+    def key_means(self, size: int) -> torch.Tensor:
+        """`mean_keys` of all keys so far, worked out once a key."""
+        assert self._buffers is not None
+        if self._means is None or self._mean_size != size:
+            self._means, self._mean_size = self._buffers[0][:, :0], size
+        known = self._means.shape[1]
+        if known < self._length // size:
+            fresh = mean_keys(self._buffers[0][:, known * size : self._length], size)
+            self._means = torch.cat((self._means, fresh), dim=1)
+        return self._means
+
     def get_seq_length(self, *args: Any) -> int:
         """Tokens held."""
         return self._length
@@ -109,6 +124,8 @@ class LongContextLayer(DynamicLayer):
         """
         keep = tokens if tokens > 0 else self._length + tokens
         self._length = max(0, min(keep, self._length))
+        if self._means is not None:
+            self._means = self._means[:, : self._length // self._mean_size]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take rows `beam_idx`, as beam search does each step."""
@@ -130,11 +147,11 @@ class LongContextLayer(DynamicLayer):
             new = old.new_empty(len(rows), *old.shape[1:])
             torch.index_select(old[:, : self._length], 0, rows, out=new[:, : self._length])
             selected.append(new)
-        self._buffers = (selected[0], selected[1])
+        self._buffers, self._means = (selected[0], selected[1]), None
 
     def reset(self) -> None:
         """Forget all tokens and keep the room."""
-        self._length = 0
+        self._length, self._means = 0, None
 
 
 class LongContextCache(DynamicCache):
@@ -150,6 +167,8 @@ class LongContextCache(DynamicCache):
     ----------
     prompt_length : int
         Length of the prompt whose attention temperature holds until it is passed; 0 if none was announced.
+    sparse_state : SparseState
+        Budgets and record of sparse prefill.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -160,6 +179,7 @@ class LongContextCache(DynamicCache):
         Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
         self.capacity = capacity
         self.prompt_length = 0
+        self.sparse_state = SparseState()
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.peak_memory_bytes = 0
@@ -170,15 +190,26 @@ class LongContextCache(DynamicCache):
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer].append(k, v)
 
-    def report(self) -> dict[str, float]:
-        """What the prefill cost: tokens, seconds, tokens per second, peak memory in bytes (0 without CUDA)."""
+    def report(self) -> dict[str, Any]:
+        """What the prefill cost and what it kept.
+
+        Tokens, seconds, tokens per second, peak memory in bytes (0 without CUDA), the density of sparse prefill (1 if
+        it was dense) and, for every layer that was sparse, its density, mean recall and the recall of its worst head.
+        """
         seconds = self.prefill_seconds
         return {
+            "density": self.sparse_state.density(),
+            "layers": self.sparse_state.by_layer(),
             "tokens": self.prefill_tokens,
             "prefill_seconds": seconds,
             "tokens_per_second": self.prefill_tokens / seconds if seconds else 0.0,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
+
+
+def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:
+    """Means of every `size` keys of (batch, keys, kv_heads, head_dim): (batch, keys // size, kv_heads, head_dim)."""
+    return k[:, : k.shape[1] // size * size].unflatten(1, (-1, size)).mean(dim=2)
 
 
 def _empty(states: torch.Tensor, room: int) -> torch.Tensor:

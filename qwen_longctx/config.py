@@ -5,16 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
-KERNELS = ("auto", "sdpa", "reference")
+from qwen_longctx import kernels
+
+SPARSE = ("off", "auto", "block_scores", "vertical_slash")
+_SHARES = ("recall_target", "density", "mass", "score_threshold")
+_TOKENS = (
+    "chunk_size",
+    "local_size",
+    "original_max_position_embeddings",
+    "prefill_chunk_size",
+    "mlp_chunk_size",
+    "sparse_attention_threshold",
+    "last_q",
+    "block_size",
+)
 _CHECKPOINT_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
+_CHECKPOINT_SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
 _UNBOUNDED_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class LongContextConfig:
-    """Settings of dual chunk attention and of chunked prefill.
+    """Settings of dual chunk attention, of chunked prefill and of sparse prefill.
 
     Parameters
     ----------
@@ -30,8 +46,25 @@ class LongContextConfig:
         Tokens of a prompt that pass through the model at a time.
     mlp_chunk_size : int
         Tokens that pass through an MLP at a time.
-    kernel : {"auto", "sdpa", "reference"}
-        Attention kernel; "auto" takes the fastest one that runs here.
+    kernel : {"auto", "fa4", "flex", "sdpa", "reference"}
+        Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
+        dense attention as "sdpa" does, which takes no block lists.
+    sparse : {"off", "auto", "block_scores", "vertical_slash"}
+        How prefill chooses keys. "auto" is "vertical_slash" where the checkpoint brings budgets for it, else
+        "block_scores".
+    sparse_attention_threshold : int
+        Prompts of more tokens are prefilled sparsely.
+    last_q : int
+        Queries at the end of a span on which recall is measured, and by which vertical-slash selects.
+    block_size : int
+        Tokens a query tile and a key block. "fa4" takes 128 only.
+    sparse_attention_config : str, path or list, optional
+        Budgets for vertical-slash: a file, its content, or "minference" for the file that package ships.
+    recall_target : float, optional
+        Share of the dense attention that each head's budget is steered towards; None is the rule's own.
+    density, mass, score_threshold : float, optional
+        Block scores without steering: a fixed share of the blocks, of the scored mass, or a fixed fraction of a tile's
+        best score. One of the four at most.
 
     Raises
     ------
@@ -48,9 +81,18 @@ class LongContextConfig:
     prefill_chunk_size: int = 32768
     mlp_chunk_size: int = 2048
     kernel: str = "auto"
+    sparse: str = "off"
+    sparse_attention_threshold: int = 32768
+    last_q: int = 64
+    block_size: int = 128
+    sparse_attention_config: Any = None
+    recall_target: float | None = None
+    density: float | None = None
+    mass: float | None = None
+    score_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_CHECKPOINT_KEYS, "prefill_chunk_size", "mlp_chunk_size"):
+        for name in _TOKENS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
@@ -58,8 +100,8 @@ class LongContextConfig:
                 raise ValueError(f"{name} must be at least 1 token, got {value}")
         if not isinstance(self.attention_temperature, bool):
             raise TypeError(f"attention_temperature must be True or False, got {self.attention_temperature!r}")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.kernel not in kernels.NAMES:
+            raise ValueError(f"kernel must be one of {', '.join(kernels.NAMES)}, got {self.kernel!r}")
         if self.local_size >= self.chunk_size:
             raise ValueError(
                 f"local_size ({self.local_size}) must be smaller than chunk_size ({self.chunk_size}): "
@@ -70,6 +112,42 @@ class LongContextConfig:
                 f"local_size ({self.local_size}) must be at most half of chunk_size ({self.chunk_size}), "
                 "or a query's exact window would reach past the previous chunk"
             )
+        self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        if self.sparse not in SPARSE:
+            raise ValueError(f"sparse must be one of {', '.join(SPARSE)}, got {self.sparse!r}")
+        given = {name: getattr(self, name) for name in _SHARES if getattr(self, name) is not None}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 < value <= 1 or (name == "recall_target" and value == 1):
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: the budget of sparse prefill follows one of them")
+        if self.sparse == "vertical_slash" and given and "recall_target" not in given:
+            raise ValueError(f"{next(iter(given))} is a setting of block_scores, sparse is 'vertical_slash'")
+        if not isinstance(self.sparse_attention_config, (str, Path, list, Mapping, NoneType)):
+            raise TypeError(
+                "sparse_attention_config must be a file, its content or 'minference', "
+                f"got {self.sparse_attention_config!r:.80}"
+            )
+        if self.sparse == "off":
+            return
+        if self.kernel == "sdpa":
+            raise ValueError(f"kernel='sdpa' takes no block lists, sparse is {self.sparse!r}: leave kernel at 'auto'")
+        if self.block_size < 32 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of 2 from 32 on, got {self.block_size}")
+        if self.stride % self.block_size:
+            raise ValueError(
+                f"chunk_size - local_size ({self.stride}) must be a multiple of block_size ({self.block_size}) for "
+                "sparse prefill: change one of them, or set sparse='off'"
+            )
+
+    @property
+    def fixed_share(self) -> float | None:
+        """The density, mass or threshold that block scores are held to; None where recall steers them."""
+        return next((x for x in (self.density, self.mass, self.score_threshold) if x is not None), None)
 
     @property
     def stride(self) -> int:
@@ -121,7 +199,10 @@ def _from_checkpoint(config: Any, overrides: Mapping[str, Any]) -> dict[str, Any
     section = getattr(config, "dual_chunk_attention_config", None)
     if section is not None and not isinstance(section, Mapping):
         raise TypeError(f"dual_chunk_attention_config must be a mapping, got {section!r}")
-    values = {key: section[key] for key in _CHECKPOINT_KEYS if section and key in section}
+    section = section or {}
+    values = {key: section[key] for key in (*_CHECKPOINT_KEYS, *_CHECKPOINT_SPARSE_KEYS) if key in section}
+    if "sparse_attention_last_q" in section:
+        values["last_q"] = section["sparse_attention_last_q"]
     trained = _trained_length(config)
     chunk_size = overrides.get("chunk_size", values.get("chunk_size", trained))
     defaults = {

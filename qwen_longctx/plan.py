@@ -6,14 +6,17 @@ Neighbouring rows of equal geometry run together; without padding that is the wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.positions import Kind, Span, spans
 from qwen_longctx.rotary import RotaryTables
+
+if TYPE_CHECKING:
+    from qwen_longctx.sparsity.state import Request
 
 
 class Row(NamedTuple):
@@ -53,6 +56,8 @@ class Plan:
         Keys after this forward, as counted in the cache.
     weights : bool
         Attention weights are asked for.
+    sparse : Request, optional
+        Sparse prefill of this forward.
     """
 
     groups: tuple[RowGroup, ...]
@@ -61,6 +66,7 @@ class Plan:
     kernel: str
     length: int
     weights: bool = False
+    sparse: Request | None = None
     _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Plan:
@@ -72,9 +78,7 @@ class Plan:
             return self
         if device not in self._moved:
             groups = tuple(_group_to(group, device) for group in self.groups)
-            self._moved[device] = Plan(
-                groups, self.covers_all, self.tables.to(device), self.kernel, self.length, self.weights
-            )
+            self._moved[device] = replace(self, groups=groups, tables=self.tables.to(device), _moved={})
         return self._moved[device]
 
 
@@ -106,6 +110,7 @@ def make_plan(
     one_chunk: bool = False,
     kernel: str | None = None,
     weights: bool = False,
+    sparse: Request | None = None,
 ) -> Plan:
     """Plan one forward.
 
@@ -129,6 +134,8 @@ def make_plan(
         Instead of the settings' kernel.
     weights : bool
         Attention weights are asked for.
+    sparse : Request, optional
+        Sparse prefill, if the forward asks for it.
 
     Raises
     ------
@@ -156,7 +163,7 @@ def make_plan(
         slice(0, batch),
         slice(0, tokens),
     )
-    return Plan(groups, covers_all, tables, kernel or settings.kernel, cached + tokens, weights)
+    return Plan(groups, covers_all, tables, kernel or settings.kernel, cached + tokens, weights, sparse)
 
 
 def _rows(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, tokens: int, cached: int) -> list[Row]:

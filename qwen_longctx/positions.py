@@ -80,3 +80,11 @@ def query_positions(kind: Kind, positions: torch.Tensor, stride: int, chunk_size
     if kind == "successive":
         return (positions % stride + stride).clamp(max=chunk_size)
     return torch.full_like(positions, chunk_size)
+
+
+def selection_positions(kind: Kind, positions: torch.Tensor, stride: int, chunk_size: int) -> torch.Tensor:
+    """Rotary positions of queries that only select keys: not clamped, so that diagonals stay diagonals.
+
+    Qwen2.5-1M report, section 5.2. Integer tensor of any shape.
+    """
+    return positions % stride + {"intra": 0, "successive": stride, "inter": chunk_size}[kind]

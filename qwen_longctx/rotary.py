@@ -5,11 +5,12 @@ Positions never exceed ``chunk_size``, and angles are computed in float64, so ta
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.positions import Kind, key_positions, query_positions
+from qwen_longctx.positions import Kind, key_positions, query_positions, selection_positions
 
 
 class Rotation(NamedTuple):
@@ -83,9 +84,9 @@ class RotaryTables:
         attention_scaling: float,
         dtype: torch.dtype,
     ) -> None:
-        def table(at: torch.Tensor) -> Rotation:
-            return rotation(at, inv_freq, attention_scaling, dtype)
-
+        table = partial(rotation, inv_freq=inv_freq, attention_scaling=attention_scaling, dtype=dtype)
+        self._table = table
+        self._geometry = stride, chunk_size
         self.keys = table(key_positions(positions, stride))
         self.queries: dict[Kind, Rotation] = {"intra": self.keys}
         if "successive" in kinds:
@@ -93,9 +94,14 @@ class RotaryTables:
         if "inter" in kinds:
             self.queries["inter"] = table(query_positions("inter", positions[:1, :1], stride, chunk_size))
 
+    def selection(self, kind: Kind, positions: torch.Tensor) -> Rotation:
+        """Rotation of queries at `positions`, shape (rows, tokens), that only select keys of one kind of segment."""
+        return self._table(selection_positions(kind, positions, *self._geometry))
+
     def to(self, device: torch.device) -> RotaryTables:
         """The same tables on another device."""
         moved = object.__new__(RotaryTables)
+        moved._table, moved._geometry = self._table, self._geometry
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {
             kind: moved.keys if kind == "intra" else Rotation(*(t.to(device, non_blocking=True) for t in table))

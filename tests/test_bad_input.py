@@ -26,7 +26,7 @@ SETTINGS = [
     ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size must be at least 1 token, got 0"),
     ({"prefill_chunk_size": None}, TypeError, "prefill_chunk_size must be a whole number of tokens, got None"),
     ({"mlp_chunk_size": 1.5}, TypeError, "mlp_chunk_size must be a whole number of tokens, got 1.5"),
-    ({"kernel": "fast"}, ValueError, "kernel must be one of auto, sdpa, reference, got 'fast'"),
+    ({"kernel": "fast"}, ValueError, "kernel must be one of auto, fa4, flex, sdpa, reference, got 'fast'"),
     ({"chunksize": 3}, TypeError, "unknown setting 'chunksize': the settings are chunk_size, local_size"),
 ]
 
@@ -168,7 +168,7 @@ def test_dropout_in_training():
 
 
 def test_unknown_kernel():
-    with pytest.raises(ValueError, match="kernel must be one of auto, sdpa, reference, got 'flash'"):
+    with pytest.raises(ValueError, match="kernel must be one of auto, fa4, flex, sdpa, reference, got 'flash'"):
         kernels.get("flash")
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from qwen_longctx.kernels.device import uses_triton
+
 TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums
 
 
@@ -29,6 +31,15 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     weights = torch.exp(lses - lse.clamp(min=torch.finfo(lse.dtype).min)).transpose(2, 3).unsqueeze(-1)
     slices = [_weighted(parts, weights, t) for t in range(0, lse.shape[-1], TOKENS_AT_A_TIME)]
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1), lse
+
+
+def fused_merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge` in one pass over the parts, where Triton runs."""
+    if 1 < len(parts) <= 4 and uses_triton(parts[0][0]):
+        from qwen_longctx.kernels import gpu
+
+        return gpu.merge(parts)
+    return merge(parts)
 
 
 def _weighted(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, start: int) -> torch.Tensor:

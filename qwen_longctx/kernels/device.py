@@ -1,0 +1,19 @@
+"""Where the Triton kernels run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+
+@lru_cache
+def has_triton() -> bool:
+    """Whether Triton is installed. Importing it is left to the first kernel."""
+    return find_spec("triton") is not None
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """Whether `x` lies where a Triton kernel can run; elsewhere PyTorch does the same, slowly."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()

@@ -1,0 +1,80 @@
+"""PyTorch's FlexAttention (Triton) on block lists: any CUDA device from compute capability 8.0 on."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
+
+from qwen_longctx.kernels.device import has_triton
+from qwen_longctx.kernels.lists import BlockLists
+from qwen_longctx.kernels.sdpa import sdpa
+
+
+def flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over listed blocks; without lists `sdpa`. See `kernels`.
+
+    The mask is built from the lists as they are: ``BlockMask.from_kv_blocks`` would also transpose them for a backward
+    pass, through a dense matrix of tiles x blocks for every head.
+    """
+    if blocks is None or k.shape[1] == 0:
+        return sdpa(q, k, v, causal=causal, scale=scale)
+    out, lse = _compiled()(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=_mask(blocks, q.shape[1], k.shape[1], causal),
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+        return_lse=True,
+    )
+    return out.transpose(1, 2), lse
+
+
+@lru_cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMask:
+    """Under a causal mask every listed block counts as seen in part, else as seen whole."""
+    past = torch.tensor(keys - queries, device=blocks.counts.device)  # a tensor: a number would compile anew each time
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= query + past
+
+    none = (torch.zeros_like(blocks.counts), torch.zeros_like(blocks.indices[..., :1]))
+    listed = (blocks.counts, blocks.indices)
+    in_part, whole = (listed, (None, None)) if causal else (none, listed)
+    return BlockMask(
+        (queries, keys),
+        in_part[0],
+        in_part[1],
+        whole[0],
+        whole[1],
+        None,
+        None,
+        None,
+        None,
+        (blocks.size, blocks.size),
+        sees if causal else noop_mask,
+    )
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
+    """Why this kernel cannot take such lists; empty if it can."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if not has_triton():
+        return "needs the package triton"
+    if dtype == torch.float64:
+        return "takes no float64"
+    fits = size >= 64 and size & (size - 1) == 0
+    return "" if fits else f"takes blocks of 64, 128, 256, … tokens, not {size}"

@@ -1,0 +1,103 @@
+"""Sparse prefill: which keys the queries of a long prompt attend to, and what that costs in recall.
+
+A rule (`rule.Rule`) looks at a span of queries (`view.SpanView`) and keeps blocks of keys, and single keys if it wants.
+To add one, write a file with a ``select`` and a ``RULE`` and name it in `RULES` and in `config.SPARSE`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwen_longctx import kernels
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.kernels.columns import columns
+from qwen_longctx.kernels.lists import compact
+from qwen_longctx.kernels.merge import fused_merge
+from qwen_longctx.positions import Segment
+from qwen_longctx.sparsity import block_scores, budgets, vertical_slash
+from qwen_longctx.sparsity.rule import Rule
+from qwen_longctx.sparsity.state import Request, SpanRecord, SparseState
+from qwen_longctx.sparsity.view import Selection, SpanView
+
+RULES: dict[str, Rule] = {"block_scores": block_scores.RULE, "vertical_slash": vertical_slash.RULE}
+
+
+def request(settings: LongContextConfig, config: Any, state: SparseState) -> Request:
+    """What `settings` ask for on a model of this transformers config.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The budgets of vertical-slash cannot be read.
+    """
+    source = settings.sparse_attention_config or budgets.beside_checkpoint(config.name_or_path)
+    name = settings.sparse
+    if name == "auto":
+        name = "block_scores" if source is None or settings.fixed_share is not None else "vertical_slash"
+    if name == "vertical_slash" and state.head_budgets is None:
+        shape = config.num_hidden_layers, config.num_attention_heads
+        if source is None:
+            state.head_budgets = budgets.uniform(*shape)
+        else:
+            state.head_budgets = budgets.load(source, *shape, config.name_or_path)
+    return Request(name, RULES[name], settings, state.head_budgets, state)
+
+
+def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
+    """Attend from a span to the keys that the rule keeps, and record their recall.
+
+    Parameters
+    ----------
+    view : SpanView
+    v : torch.Tensor
+        Values of the keys in the view, of the same shape.
+    request : Request
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (batch, queries, heads, head_dim).
+    """
+    settings, tiles = request.settings, view.tiles
+    name = kernels.list_kernel(settings.kernel, view.pieces[0].q, tiles.size)
+    budget = request.budget(view.layer, view.heads, view.k.device)
+    selection = request.rule.select(view, budget, request)
+    kept = selection.mask.sum()
+    parts = []
+    for segment, q in view.pieces:
+        values = v[:, segment.key_start : segment.key_stop]
+        blocks = slice(segment.key_start // tiles.size, -(-segment.key_stop // tiles.size))
+        lists = compact(selection.mask[..., blocks], tiles.size)
+        how = {"causal": segment.kind == "intra", "scale": view.scale}
+        parts.append(kernels.on_lists(name)(q, view.keys(segment), values, blocks=lists, **how))
+        if selection.columns is not None:
+            at, keep = _single_keys(selection, view, segment)
+            k_at, v_at = (_gather(x, at, view.heads) for x in (view.keys(segment), values))
+            parts.append(columns(q, k_at, v_at, keep, size=tiles.size, scale=view.scale))
+            kept = kept + keep.sum() / tiles.size
+    out, lse = fused_merge(parts)
+    rows = min(settings.last_q, out.shape[1])
+    recall = torch.exp(lse[..., -rows:] - view.full_lse(rows)).mean(dim=-1)
+    pairs = tiles.pairs * out.shape[0] * view.heads
+    request.observe(SpanRecord(view.layer, view.span.start, view.span.stop, name, recall, kept, pairs), budget)
+    return out
+
+
+def _single_keys(selection: Selection, view: SpanView, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of a segment, counted from its start, and which tiles meet them: those whose blocks lack them."""
+    assert selection.columns is not None
+    tiles = view.tiles
+    inside = (selection.columns >= segment.key_start) & (selection.columns < segment.key_stop)
+    block = (selection.columns.clamp(min=0) // tiles.size)[:, :, None]
+    held = selection.mask.gather(3, block.expand(-1, -1, len(tiles.starts), -1))
+    keep = inside[:, :, None] & ~held & (block < tiles.whole[:, None])
+    return (selection.columns - segment.key_start).where(inside, 0), keep
+
+
+def _gather(x: torch.Tensor, at: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values at positions (batch, heads, columns), as (batch, heads, columns, head_dim)."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    owners = (torch.arange(heads, device=x.device) // (heads // x.shape[2]))[:, None]
+    return x[rows, at, owners]

@@ -1,0 +1,86 @@
+"""Selection by block scores: pooled queries of a tile against means of keys, a softmax a row, the best blocks kept.
+
+After the block selection of FlashPrefill (arXiv 2603.06199) with two changes that the project measured on Qwen2.5: rows
+are normalised one by one, so that each has a say, and means are of 32 keys, which rank blocks of 128 nearly as well as
+their true share of attention does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.kernels.lse import row_lse
+from qwen_longctx.kernels.scores import block_shares
+from qwen_longctx.sparsity.keep import By, keep
+from qwen_longctx.sparsity.rule import Rule
+from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.sparsity.view import Selection, SpanView
+
+if TYPE_CHECKING:
+    from qwen_longctx.sparsity.state import Request
+
+MEANS_A_BLOCK = 4
+POOLED_ROWS = 8  # a tile; neighbours ask for much the same
+
+
+SINK, WINDOW = 1, 1  # blocks kept always, beside those that a tile sees in part
+
+
+def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
+    """Keep blocks that score at least ``1 / budget`` of a tile's best, or the settings' fixed share, mass or threshold.
+
+    The threshold gives every tile of a head the number of blocks it needs: on Qwen2.5-0.5B at 5 to 12 % of the blocks
+    it left less error in a layer's output than one count or one mass for all heads.
+    """
+    by, amount = _wanted(view, budget, request.settings)
+    return Selection(keep(scores(view), view.tiles, amount, by=by, sink=SINK, window=WINDOW))
+
+
+def _wanted(view: SpanView, budget: torch.Tensor, settings: LongContextConfig) -> tuple[By, torch.Tensor]:
+    shape = (view.heads, len(view.tiles.starts))
+    if settings.density is not None:
+        return "count", (view.tiles.visible * settings.density).ceil().to(torch.int32).expand(shape)
+    if settings.mass is not None:
+        return "mass", torch.full(shape, settings.mass, device=budget.device)
+    if settings.score_threshold is not None:
+        return "threshold", torch.full(shape, settings.score_threshold, device=budget.device)
+    return "threshold", (1 / budget)[:, None].expand(shape)
+
+
+def scores(view: SpanView) -> torch.Tensor:
+    """Estimated share of each tile's attention that each block gets, among blocks seen whole.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (batch, heads, tiles, blocks), float32 (float64 for float64 input); a tile's scores sum to 1, or to 0
+        where it sees no whole block.
+    """
+    size = view.tiles.size // MEANS_A_BLOCK
+    means = view.key_means(size)
+    limits = (view.tiles.whole * MEANS_A_BLOCK).repeat_interleave(POOLED_ROWS)
+    parts = []
+    for segment, q in reversed(view.pieces):
+        first = segment.key_start // size
+        parts.append((_pool(q, view.tiles), means[:, first : segment.key_stop // size], limits - first))
+    lse = torch.logsumexp(torch.stack([row_lse(*part, scale=view.scale) for part in parts]), dim=0)
+    found = [
+        block_shares(q, k, lse, met, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale) for q, k, met in parts
+    ]
+    joined = torch.cat(found, dim=3)
+    return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
+
+
+def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """Means of neighbouring queries, shape (batch, tiles * POOLED_ROWS, heads, head_dim); the last query fills up."""
+    missing = len(tiles.starts) * tiles.size - q.shape[1]
+    if missing:
+        q = torch.cat((q, q[:, -1:].expand(-1, missing, -1, -1)), dim=1)
+    return q.unflatten(1, (-1, tiles.size // POOLED_ROWS)).mean(dim=2)
+
+
+RULE = Rule(select, start=10.0, lowest=4.0, highest=100.0, recall_target=0.9)

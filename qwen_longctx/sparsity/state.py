@@ -1,0 +1,164 @@
+"""Sparse prefill of one sequence: the request, budgets that follow recall, and the record of what was kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.positions import Span
+from qwen_longctx.sparsity.budgets import HeadBudgets
+from qwen_longctx.sparsity.rule import Rule, steer
+
+_TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the sparse prefill of one forward.
+
+    Parameters
+    ----------
+    name : str
+        Of the rule.
+    rule : Rule
+    settings : LongContextConfig
+    head_budgets : HeadBudgets, optional
+        Budgets of the checkpoint, for vertical-slash.
+    state : SparseState
+        Of the sequence.
+    """
+
+    name: str
+    rule: Rule
+    settings: LongContextConfig
+    head_budgets: HeadBudgets | None
+    state: SparseState
+
+    def takes(self, span: Span) -> bool:
+        """Whether a span is prefilled sparsely: at least a tile of queries, and keys from position 0 on."""
+        return span.stop - span.start >= self.settings.block_size and span.segments[-1].key_start == 0
+
+    @property
+    def recall_target(self) -> float | None:
+        """Recall to steer towards; None where budgets are fixed."""
+        if self.settings.fixed_share is not None:
+            return None
+        return self.settings.recall_target or self.rule.recall_target
+
+    def budget(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
+        """Budgets of a layer's heads for the next span, shape (heads,), float32."""
+        found = self.state.budgets.get((self.name, layer))
+        if found is None:
+            return torch.full((heads,), self.rule.start, dtype=torch.float32, device=device)
+        return found.to(device)
+
+    def observe(self, record: SpanRecord, budget: torch.Tensor) -> None:
+        """Note what a span kept and recalled, and steer the layer's budgets by it."""
+        self.state.records.append(record)
+        target = self.recall_target
+        if target is not None:
+            recall = record.recall.mean(dim=0).float()
+            self.state.budgets[self.name, record.layer] = steer(budget, recall, target, self.rule)
+
+
+@dataclass(frozen=True)
+class SpanRecord:
+    """What one span of one layer kept.
+
+    Attributes
+    ----------
+    layer, start, stop : int
+        Layer, and positions of the queries.
+    kernel : str
+    recall : torch.Tensor
+        Shape (batch, heads): share of the dense attention that the kept keys hold, mean over the last queries.
+    kept : torch.Tensor
+        Blocks kept, over all rows, heads and tiles; columns counted by their share of a block.
+    pairs : int
+        Blocks seen, counted in the same way.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    kernel: str
+    recall: torch.Tensor
+    kept: torch.Tensor
+    pairs: int
+
+
+class SparseState:
+    """Budgets and records of one sequence. Lives on its cache.
+
+    Attributes
+    ----------
+    budgets : dict
+        By rule and layer: budgets of the heads for the next span.
+    records : list of SpanRecord
+    head_budgets : HeadBudgets, optional
+        The checkpoint's, read once a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.budgets: dict[tuple[str, int], torch.Tensor] = {}
+        self.records: list[SpanRecord] = []
+        self.head_budgets: HeadBudgets | None = None
+        self._checked = 0
+
+    def check(self) -> None:
+        """Stop a run whose kept keys weigh more than all keys do: a kernel or mask is broken.
+
+        Raises
+        ------
+        RuntimeError
+            Recall above 1.001 or not a number, since the last check. One transfer to the host.
+        """
+        fresh = self.records[self._checked :]
+        self._checked = len(self.records)
+        if not fresh:
+            return
+        device = fresh[0].recall.device
+        # max() hands a NaN on
+        worst = torch.stack([record.recall.max().to(device) for record in fresh]).tolist()
+        for record, recall in zip(fresh, worst, strict=True):
+            if not recall <= 1 + _TOO_MUCH_RECALL:
+                raise RuntimeError(
+                    f"sparse prefill of layer {record.layer}, tokens {record.start} to {record.stop}, recalls "
+                    f"{recall:.4f} of the dense attention with kernel {record.kernel!r}: the kernel is wrong here, or "
+                    'activations are not finite. Run with sparse="off" or another kernel, and report this'
+                )
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Density and recall of every layer: means over spans, rows and heads, and the recall of the worst head."""
+        records: dict[int, list[SpanRecord]] = defaultdict(list)
+        for record in self.records:
+            records[record.layer].append(record)
+        return [{"layer": layer, **_summary(records[layer])} for layer in sorted(records)]
+
+    def density(self) -> float:
+        """Blocks kept among blocks seen, over all layers; 1 if nothing was sparse."""
+        return _density(self.records)
+
+
+def _summary(records: list[SpanRecord]) -> dict[str, float]:
+    heads = torch.stack([record.recall.mean(dim=0) for record in records]).mean(dim=0)
+    return {"density": _density(records), "recall": float(heads.mean()), "lowest_recall": float(heads.min())}
+
+
+def _density(records: list[SpanRecord]) -> float:
+    if not records:
+        return 1.0
+    return sum(float(record.kept) for record in records) / sum(record.pairs for record in records)
+
+
+def state_of(cache: Any) -> SparseState:
+    """The state of a sequence, kept on its cache; a new one where there is no cache."""
+    if cache is None:
+        return SparseState()
+    if not hasattr(cache, "sparse_state"):
+        cache.sparse_state = SparseState()
+    return cache.sparse_state

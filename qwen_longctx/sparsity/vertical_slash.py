@@ -1,0 +1,134 @@
+"""Vertical-slash selection (MInference, arXiv 2407.02490) as Qwen2.5-1M runs it on dual chunk attention.
+
+The last queries of a span score all keys; each head keeps its best columns (verticals: single keys for all queries) and
+its best diagonals (slashes: keys at one distance from each query). For selection only, queries rotate towards earlier
+chunks at unclamped positions, so that diagonals stay diagonals (Qwen2.5-1M report, section 5.2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from qwen_longctx.kernels.lse import row_logits, row_lse
+from qwen_longctx.sparsity.rule import Rule
+from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.sparsity.view import Selection, SpanView
+
+if TYPE_CHECKING:
+    from qwen_longctx.sparsity.state import Request
+
+FORCED_COLUMNS = 30
+FORCED_DIAGONALS = 100
+_KEYS_AT_A_TIME = 1 << 16  # bounds the shares that exist at once
+
+
+def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
+    """Keep columns, and the blocks that diagonals pass through: `budget` times the checkpoint's numbers of them."""
+    sizes = request.head_budgets
+    assert sizes is not None
+    verticals, slashes = (_times(budget, numbers[view.layer]) for numbers in (sizes.verticals, sizes.slashes))
+    columns, distances = indices(view, verticals, slashes, request.settings.last_q)
+    return Selection(_blocks(distances, view.tiles), columns)
+
+
+def _times(budget: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    return (torch.tensor(numbers, device=budget.device) * budget).round().long()
+
+
+def indices(
+    view: SpanView, verticals: torch.Tensor, slashes: torch.Tensor, last_q: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns and diagonals that each head keeps.
+
+    Parameters
+    ----------
+    view : SpanView
+    verticals, slashes : torch.Tensor
+        Shape (heads,), int64: columns and diagonals of each head, forced ones among them.
+    last_q : int
+        Queries that score the keys.
+
+    Returns
+    -------
+    columns, distances : torch.Tensor
+        Shape (batch, heads, most of any head), int64: positions of columns, and distances of diagonals from the query;
+        a head with fewer is filled up with -1.
+    """
+    column_sums, diagonal_sums = _sums(view, min(last_q, view.span.stop - view.span.start))
+    column_sums[..., :FORCED_COLUMNS] = torch.inf
+    diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
+    distance = _best(diagonal_sums, slashes)
+    return _best(column_sums, verticals), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
+
+
+def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention shares of the last queries, summed along columns and diagonals: (batch, heads, keys) each.
+
+    A diagonal is numbered by the column where it meets the last query.
+    """
+    stop = view.span.stop
+    positions = torch.arange(stop - rows, stop, device=view.k.device)
+    pieces = [(segment, view.selection_q(segment.kind, rows)) for segment, _ in view.pieces]
+    lse = torch.logsumexp(
+        torch.stack(
+            [row_lse(q, view.keys(s), positions + 1 - s.key_start, scale=view.scale) for s, q in pieces],
+        ),
+        dim=0,
+    )
+    shape = (view.k.shape[0], view.heads, stop)
+    columns, diagonals = (torch.zeros(shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
+    for segment, q in pieces:
+        for start in range(segment.key_start, segment.key_stop, _KEYS_AT_A_TIME):
+            end = min(start + _KEYS_AT_A_TIME, segment.key_stop)
+            logits = row_logits(q, view.k[:, start:end], positions + 1 - start, scale=view.scale)
+            shares = torch.exp(logits - lse[..., None])
+            columns[..., start:end] = shares.sum(dim=2)
+            sheared = _along_diagonals(shares)[..., : stop - start]
+            diagonals[..., start : start + sheared.shape[-1]] += sheared
+    return columns, diagonals
+
+
+def _along_diagonals(shares: torch.Tensor) -> torch.Tensor:
+    """Sums along diagonals of (…, rows, keys), numbered by where they meet the last row: (…, keys + rows - 1)."""
+    rows, keys = shares.shape[-2:]
+    padded = functional.pad(shares.flip(-2), (0, rows))  # row i, counted from the last, moves i to the right
+    sheared = padded.flatten(-2)[..., : rows * (keys + rows - 1)].unflatten(-1, (rows, -1))
+    return sheared.sum(dim=-2)
+
+
+def _best(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Indices of each head's largest sums, -1 beyond its count."""
+    counts = counts.to(sums.device).clamp(max=sums.shape[-1])
+    found = sums.topk(int(counts.max()), dim=-1).indices
+    return found.masked_fill(torch.arange(found.shape[-1], device=found.device) >= counts[:, None], -1)
+
+
+def _blocks(distances: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """Blocks that hold a key at one of the distances from any query of a tile; those seen in part always.
+
+    All tiles start at the same place within a block, so a head's diagonals give one pattern of blocks before the tile's
+    own, which shifts with the tile.
+    """
+    size, device = tiles.size, distances.device
+    phase = tiles.starts[0] % size
+    batch, heads, _ = distances.shape
+    # block offsets, relative to the block in which the tile starts, of the first and the last query's key
+    first = torch.div(phase - distances, size, rounding_mode="floor")
+    last = torch.div(phase + size - 1 - distances, size, rounding_mode="floor")
+    width = tiles.blocks + 2
+    pattern = torch.zeros(batch, heads, width + 2, dtype=torch.bool, device=device)  # by minus the offset, plus 1
+    for offset in (first, last):
+        place = torch.where(distances < 0, torch.full_like(offset, width + 1), (1 - offset).clamp(max=width))
+        pattern.scatter_(2, place, True)
+    block = torch.arange(tiles.blocks, device=device)
+    own = torch.div(tiles.starts, size, rounding_mode="floor")
+    behind = own[:, None] - block + 1
+    mask = pattern[:, :, behind.clamp(min=0, max=width).long()] & (behind >= 0)
+    sees = tiles.sees()
+    return (mask & sees) | (sees & (block >= tiles.whole[:, None]))
+
+
+RULE = Rule(select, start=1.0, lowest=0.25, highest=64.0, recall_target=None)

@@ -1,0 +1,86 @@
+"""What a selection rule sees of a span of queries, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from qwen_longctx.kernels.lse import row_lse
+from qwen_longctx.positions import Kind, Segment, Span
+from qwen_longctx.sparsity.tiles import Tiles
+
+
+class Piece(NamedTuple):
+    """Queries of a span, rotated towards one segment: shape (batch, queries, heads, head_dim)."""
+
+    segment: Segment
+    q: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SpanView:
+    """One span of one layer.
+
+    Parameters
+    ----------
+    layer : int
+    span : Span
+    tiles : Tiles
+    pieces : tuple of Piece
+        Intra first.
+    k : torch.Tensor
+        Shape (batch, keys, kv_heads, head_dim): rotated keys from position 0 to the end of the span.
+    scale : float
+        Softmax scale, the attention temperature included.
+    key_means : callable
+        ``key_means(size)``: means of every `size` keys, shape (batch, keys // size, kv_heads, head_dim).
+    selection_q : callable
+        ``selection_q(kind, rows)``: the last `rows` queries, rotated towards a kind of segment at the unclamped
+        positions that serve selection only (Qwen2.5-1M report, section 5.2).
+    """
+
+    layer: int
+    span: Span
+    tiles: Tiles
+    pieces: tuple[Piece, ...]
+    k: torch.Tensor
+    scale: float
+    key_means: Callable[[int], torch.Tensor]
+    selection_q: Callable[[Kind, int], torch.Tensor]
+
+    @cached_property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.pieces[0].q.shape[2]
+
+    def keys(self, segment: Segment) -> torch.Tensor:
+        """Keys of one segment."""
+        return self.k[:, segment.key_start : segment.key_stop]
+
+    def full_lse(self, rows: int) -> torch.Tensor:
+        """Log-sum-exp of the last `rows` queries over all keys, shape (batch, heads, rows): the dense truth."""
+        positions = torch.arange(self.span.stop - rows, self.span.stop, device=self.k.device)
+        found = [
+            row_lse(q[:, -rows:], self.keys(segment), positions + 1 - segment.key_start, scale=self.scale)
+            for segment, q in self.pieces
+        ]
+        return torch.logsumexp(torch.stack(found), dim=0)
+
+
+class Selection(NamedTuple):
+    """What is kept of the keys of a span.
+
+    Attributes
+    ----------
+    mask : torch.Tensor
+        Shape (batch, heads, tiles, blocks), bool: blocks kept, counted from position 0.
+    columns : torch.Tensor, optional
+        Shape (batch, heads, columns), int64: positions of single keys kept, where no kept block holds them already.
+    """
+
+    mask: torch.Tensor
+    columns: torch.Tensor | None = None

@@ -1,0 +1,119 @@
+"""Every Triton kernel against its PyTorch twin: through Triton's interpreter on the CPU, for real on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen_longctx.kernels.columns import columns
+from qwen_longctx.kernels.lists import compact
+from qwen_longctx.kernels.lse import row_lse
+from qwen_longctx.kernels.merge import merge
+from qwen_longctx.kernels.scores import block_shares
+from qwen_longctx.positions import Span
+from qwen_longctx.sparsity.keep import keep
+from qwen_longctx.sparsity.tiles import Tiles
+
+gpu = pytest.importorskip("qwen_longctx.kernels.gpu", reason="needs Triton")
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for the CPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+HEADS = [(4, 2), (6, 1), (3, 3)]
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def draw(device, *shape, dtype=torch.float32):
+    return torch.randn(shape).to(device=device, dtype=dtype)
+
+
+def on_cpu(function, *args, **kwargs):
+    """The PyTorch twin, on the CPU."""
+    moved = [a.cpu() if isinstance(a, torch.Tensor) else a for a in args]
+    return function(*moved, **kwargs)
+
+
+def close(found, wanted, tolerance=1e-5):
+    torch.testing.assert_close(found.cpu().float(), wanted.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 5), (2, 1, 4, 1030), (1, 3, 2, 64)])
+def test_compact(device, shape):
+    mask = torch.rand(shape, device=device) < 0.3
+    mask[0, 0, 0] = False
+    mask[0, 0, 1] = True
+    counts, indices = gpu.compact(mask)
+    wanted = on_cpu(compact, mask, 128)
+    assert torch.equal(counts.cpu(), wanted.counts)
+    listed = torch.arange(shape[-1]) < wanted.counts[..., None]
+    assert torch.equal(indices.cpu()[listed], wanted.indices[listed])
+    assert int(indices.min()) >= 0 and int(indices.max()) < shape[-1]
+
+
+@pytest.mark.parametrize("by", ["count", "mass", "threshold"])
+@pytest.mark.parametrize("start", [0, 40, 41, 75])
+def test_keep(device, by, start):
+    tiles = Tiles.of(Span(start, start + 30, ()), 8, torch.device(device))
+    scores = torch.rand(2, 3, len(tiles.starts), tiles.blocks, device=device) ** 4
+    scores[0, 0, 0] = 0.0
+    shape = (3, len(tiles.starts))
+    amounts = {
+        "count": torch.randint(0, 9, shape, dtype=torch.int32, device=device),
+        "mass": torch.rand(shape, device=device),
+        "threshold": torch.rand(shape, device=device),
+    }
+    amount = amounts[by]
+    amount[2] = {"count": 1000, "mass": 1, "threshold": 0}[by]
+    found = gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, sink=1, window=1)
+    on = Tiles(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in tiles))
+    wanted = keep(scores.cpu(), on, amount.cpu(), by=by, sink=1, window=1)
+    assert torch.equal(found.cpu(), wanted)
+    assert torch.equal(found[:, 2].cpu(), on.sees().expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("keys", [0, 1, 130, 9000])
+def test_row_lse(device, heads, keys):
+    q, k = draw(device, 2, 70, heads[0], 24), draw(device, 2, keys, heads[1], 24)
+    limits = torch.randint(0, keys + 1, (70,), device=device)
+    limits[:2] = torch.tensor([0, keys])
+    close(gpu.row_lse(q, k, limits, scale=0.3), on_cpu(row_lse, q, k, limits, scale=0.3))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("rows", "per_block"), [(16, 4), (4, 2), (64, 1)])
+def test_block_shares(device, heads, rows, per_block):
+    q, means = draw(device, 2, 3 * rows, heads[0], 24), draw(device, 2, 83, heads[1], 24)
+    limits = torch.tensor([0, 40, 83], device=device).repeat_interleave(rows)
+    lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
+    how = {"rows": rows, "per_block": per_block, "scale": 0.3}
+    close(gpu.block_shares(q, means, lse, limits, **how), on_cpu(block_shares, q, means, lse, limits, **how))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [1, 90])
+def test_columns(device, dtype, count):
+    q = draw(device, 2, 70, 4, 24, dtype=dtype)
+    k, v = draw(device, 2, 4, count, 24, dtype=dtype), draw(device, 2, 4, count, 24, dtype=dtype)
+    keep_columns = torch.rand(2, 4, 3, count, device=device) < 0.5
+    keep_columns[0, 0, 0] = False
+    out, lse = gpu.columns(q, k, v, keep_columns, size=32, scale=0.3)
+    wanted_out, wanted_lse = on_cpu(columns, q.float(), k.float(), v.float(), keep_columns, size=32, scale=0.3)
+    close(out, wanted_out, 1e-5 if dtype == torch.float32 else 2e-2)
+    close(lse, wanted_lse, 1e-5 if dtype == torch.float32 else 1e-3)
+    assert not out[0, :32, 0].any() and bool((lse[0, 0, :32] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_merge(device, count):
+    outs = [draw(device, 2, 4, 70, 24).transpose(1, 2) for _ in range(count)]
+    lses = [draw(device, 2, 4, 70) for _ in range(count)]
+    for lse in lses:
+        lse[0, 0, :3] = -torch.inf
+    lses[0][1] = -torch.inf
+    for out in outs:
+        out[0, :3, 0] = 0
+    out, lse = gpu.merge(list(zip(outs, lses, strict=True)))
+    wanted = merge([(o.cpu(), s.cpu()) for o, s in zip(outs, lses, strict=True)])
+    close(out, wanted[0])
+    close(lse, wanted[1])
