@@ -94,7 +94,7 @@ def _attend_span(
     pieces = [Piece(s, rotate(q, plan.tables.queries[s.kind].rows(group.rows, tokens))) for s in span.segments]
     request = plan.sparse
     if request is not None and request.takes(span):
-        tiles = Tiles.of(span, request.settings.block_size, q.device)
+        tiles = Tiles.of(span, request.settings.tile, q.device)
         return sparsity.attend(*_view(q, k, v, call, group, tiles, span, tuple(pieces)), request)
     kernel = kernels.get(plan.kernel)
     parts = []

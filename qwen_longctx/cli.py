@@ -1,4 +1,4 @@
-"""The command ``qwen-longctx``: demo, passkey, bench, plan, doctor."""
+"""The command ``qwen-longctx``: demo, passkey, quality, calibrate, bench, plan, doctor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qwen_longctx import LongContextConfig, memory, patched_qwen, patches
-from qwen_longctx.evaluation import bench, passkey
+from qwen_longctx import LongContextConfig, kernels, memory, patched_qwen, patches
+from qwen_longctx.evaluation import bench, corpus, passkey, plots, quality
 from qwen_longctx.evaluation.environment import environment, write_results
 from qwen_longctx.kernels.sdpa import engine
+from qwen_longctx.sparsity import budgets, calibrate
 
 BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny-qwen2"
 DEMO_CELLS = ((1, 5), (4, 5), (16, 5), (64, 2))  # multiple of the trained length, prompts
@@ -53,11 +54,39 @@ def _parser() -> argparse.ArgumentParser:
     keys.set_defaults(run=_passkey)
 
     measure = commands.add_parser("bench", help="time and memory on the shape of Qwen2.5-7B, random weights")
-    measure.add_argument("what", choices=["attention", "stock", "mlp", "headline"])
+    measure.add_argument("what", choices=["attention", "stock", "mlp", "headline", "speed"])
     measure.add_argument("--lengths", type=_whole, nargs="+", help="tokens")
+    measure.add_argument("--density", type=float, help="speed: share of the blocks, instead of one by length")
+    measure.add_argument("--dense-layers", type=int, default=0, help="speed: project dense from so many layers")
     measure.add_argument("--output", help="results file (JSON)")
     measure.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     measure.set_defaults(run=_bench)
+
+    judge = commands.add_parser("quality", help="sparse against dense prefill of a checkpoint, on real text")
+    judge.add_argument("--model", required=True, help="folder or hub name of the checkpoint")
+    judge.add_argument("--lengths", type=_whole, nargs="+", required=True, help="tokens of the text")
+    judge.add_argument("--variants", nargs="+", default=list(quality.DEFAULT_VARIANTS), help="RULE[:SETTING=NUMBER,…]")
+    judge.add_argument("--judged", type=_whole, default=quality.JUDGED, help="tokens at the end that are judged")
+    judge.add_argument("--depths", type=float, nargs="*", default=[], help="passkeys at the same length, one a depth")
+    judge.add_argument("--package", default=corpus.PACKAGE, help="installed package whose source is the text")
+    judge.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    judge.add_argument("--device-map", default="auto")
+    judge.add_argument("--output", help="results file (JSON), written after every row")
+    judge.add_argument("--plot", help="picture of likelihood and agreement against density")
+    judge.set_defaults(run=_quality)
+
+    refine = commands.add_parser("calibrate", help="raise vertical-slash budgets of heads that recall too little")
+    refine.add_argument("--model", required=True, help="folder or hub name of the checkpoint")
+    refine.add_argument("--lengths", type=_whole, nargs="+", required=True, help="tokens of the texts")
+    refine.add_argument("--output", required=True, help="file to write, in Qwen's format; the same call resumes")
+    refine.add_argument("--start", help='budgets to raise: a file, or "minference"; MInference\'s default if left out')
+    refine.add_argument("--threshold", type=float, default=calibrate.THRESHOLD, help="recall wanted of every head")
+    refine.add_argument("--step", type=_whole, default=calibrate.STEP, help="columns and diagonals gained in a round")
+    refine.add_argument("--rounds", type=_whole, default=calibrate.ROUNDS, help="rounds a length at most")
+    refine.add_argument("--package", default=corpus.PACKAGE, help="installed package whose source is the text")
+    refine.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    refine.add_argument("--device-map", default="auto")
+    refine.set_defaults(run=_calibrate)
 
     plan = commands.add_parser("plan", help="memory that a run will need")
     plan.add_argument("--model", required=True, help="folder or hub name of the checkpoint; only its config is read")
@@ -123,6 +152,50 @@ def _passkey(args: argparse.Namespace) -> None:
         print(f"written to {path}")
 
 
+def _quality(args: argparse.Namespace) -> None:
+    config = AutoConfig.from_pretrained(args.model)
+    variants = [quality.variant(text) for text in args.variants]
+    for one in variants:
+        LongContextConfig.from_model_config(config, **one.overrides)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = [corpus.source_code(tokenizer, length, args.package) for length in args.lengths]
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
+    ).eval()
+    done: list[dict[str, Any]] = []
+    about = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings, "package": args.package}
+    about["texts"] = {str(ids.shape[1]): corpus.fingerprint(ids) for ids in texts}
+    for ids in texts:
+        for row in quality.evaluate(model, tokenizer, ids, variants, args.judged, args.depths):
+            shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
+            print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+            done.append(row)
+            if args.output:
+                write_results(args.output, {**about, "rows": done})
+    if args.plot:
+        plots.quality_by_density(done).savefig(args.plot, dpi=150)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    config = AutoConfig.from_pretrained(args.model)
+    LongContextConfig.from_model_config(config, sparse="vertical_slash")
+    shape = config.num_hidden_layers, config.num_attention_heads
+    source = args.start or budgets.beside_checkpoint(args.model)
+    start = budgets.uniform(*shape) if source is None else budgets.load(source, *shape, args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = [corpus.source_code(tokenizer, length, args.package) for length in sorted(args.lengths)]
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
+    ).eval()
+    how = {"threshold": args.threshold, "step": args.step, "rounds": args.rounds}
+    for one in calibrate.calibrate(model, texts, start, args.output, **how):
+        print(
+            f"{one.tokens:>10,} tokens, round {one.number + 1}: recall {one.recall:.4f}, worst head "
+            f"{one.lowest_recall:.4f}, {one.raised} heads raised"
+        )
+    print(f"written to {args.output}")
+
+
 def _bench(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
@@ -136,6 +209,9 @@ def _bench(args: argparse.Namespace) -> None:
         rows = bench.stock(args.lengths or [4096, 8192, 16384, 32768], device, args.tiny)
     elif args.what == "mlp":
         rows = bench.mlp((args.lengths or [131072])[0], device, args.tiny)
+    elif args.what == "speed":
+        lengths = args.lengths or list(bench.DENSITIES)
+        rows = bench.speed(lengths, device, args.tiny, args.density, args.dense_layers)
     else:
         rows = bench.headline((args.lengths or [1_000_000])[0], device, args.tiny)
     done = []
@@ -184,6 +260,10 @@ def _doctor(args: argparse.Namespace) -> None:
         long, short = (engine(torch.empty(1, tokens, 1, 128, device=device, dtype=dtype)) for tokens in (4096, 1))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
+        reasons = kernels.why_not(device, dtype, 128, 128)
+        chosen = next((kernel for kernel, reason in reasons.items() if not reason), "reference")
+        passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
+        print(f"{device} ({name}): sparse prefill runs on {chosen} ({passed_over or 'the fastest'})")
 
 
 def _why(name: str) -> str:

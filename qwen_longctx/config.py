@@ -12,6 +12,7 @@ from typing import Any
 from qwen_longctx import kernels
 
 SPARSE = ("off", "auto", "block_scores", "vertical_slash")
+_LARGEST_BLOCK = 128
 _SHARES = ("recall_target", "density", "mass", "score_threshold")
 _TOKENS = (
     "chunk_size",
@@ -21,7 +22,6 @@ _TOKENS = (
     "mlp_chunk_size",
     "sparse_attention_threshold",
     "last_q",
-    "block_size",
 )
 _CHECKPOINT_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
 _CHECKPOINT_SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
@@ -56,8 +56,9 @@ class LongContextConfig:
         Prompts of more tokens are prefilled sparsely.
     last_q : int
         Queries at the end of a span on which recall is measured, and by which vertical-slash selects.
-    block_size : int
-        Tokens a query tile and a key block. "fa4" takes 128 only.
+    block_size : int, optional
+        Tokens a query tile and a key block of sparse prefill, a power of 2 that divides the stride; the largest such up
+        to 128 if left out. "fa4" takes 128 only.
     sparse_attention_config : str, path or list, optional
         Budgets for vertical-slash: a file, its content, or "minference" for the file that package ships.
     recall_target : float, optional
@@ -84,7 +85,7 @@ class LongContextConfig:
     sparse: str = "off"
     sparse_attention_threshold: int = 32768
     last_q: int = 64
-    block_size: int = 128
+    block_size: int | None = None
     sparse_attention_config: Any = None
     recall_target: float | None = None
     density: float | None = None
@@ -98,6 +99,8 @@ class LongContextConfig:
                 raise TypeError(f"{name} must be a whole number of tokens, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1 token, got {value}")
+        if self.block_size is not None and (isinstance(self.block_size, bool) or not isinstance(self.block_size, int)):
+            raise TypeError(f"block_size must be a whole number of tokens, got {self.block_size!r}")
         if not isinstance(self.attention_temperature, bool):
             raise TypeError(f"attention_temperature must be True or False, got {self.attention_temperature!r}")
         if self.kernel not in kernels.NAMES:
@@ -136,18 +139,21 @@ class LongContextConfig:
             return
         if self.kernel == "sdpa":
             raise ValueError(f"kernel='sdpa' takes no block lists, sparse is {self.sparse!r}: leave kernel at 'auto'")
-        if self.block_size < 32 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of 2 from 32 on, got {self.block_size}")
-        if self.stride % self.block_size:
+        if self.tile < 32 or self.tile & (self.tile - 1) or self.stride % self.tile:
             raise ValueError(
-                f"chunk_size - local_size ({self.stride}) must be a multiple of block_size ({self.block_size}) for "
-                "sparse prefill: change one of them, or set sparse='off'"
+                f"sparse prefill needs blocks of a power of 2 from 32 on that divides chunk_size - local_size "
+                f"({self.stride}), got {self.tile}: change block_size or local_size, or set sparse='off'"
             )
 
     @property
     def fixed_share(self) -> float | None:
         """The density, mass or threshold that block scores are held to; None where recall steers them."""
         return next((x for x in (self.density, self.mass, self.score_threshold) if x is not None), None)
+
+    @property
+    def tile(self) -> int:
+        """Tokens a query tile and a key block of sparse prefill."""
+        return self.block_size or min(_LARGEST_BLOCK, self.stride & -self.stride)
 
     @property
     def stride(self) -> int:

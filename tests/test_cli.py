@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from qwen_longctx import cli
+from qwen_longctx import cli, kernels, sparsity
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation.environment import environment, write_results
 
@@ -51,10 +51,12 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and "can be patched" in out and "prefill runs on cpu" in out
+    if not torch.cuda.is_available():
+        assert "sparse prefill runs on reference (fa4 needs a CUDA device; flex needs a CUDA device)" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
-@pytest.mark.parametrize("what", ["attention", "stock", "headline"])
+@pytest.mark.parametrize("what", ["attention", "stock", "headline", "speed"])
 def test_bench(what, tmp_path, capsys):
     output = tmp_path / "bench.json"
     assert main(["bench", what, "--tiny", "--lengths", "300", "--output", str(output)]) == 0
@@ -63,6 +65,22 @@ def test_bench(what, tmp_path, capsys):
     assert row["tokens"] == 300 and found["shape"] == "tiny"
     if what == "headline":
         assert row["new_tokens"] == 32 and row["kv_cache_bytes"] == 332 * 2 * 2 * 2 * 16 * 2
+    if what == "speed":
+        parts = row["sparse_breakdown_seconds"]
+        assert set(parts) == {"linear", "selection", "attention", "merge", "recall", "rest", "total"}
+        assert sum(parts.values()) == pytest.approx(2 * parts["total"], abs=1e-2) and min(parts.values()) >= 0
+        assert min(row["stock_seconds"], row["dense_seconds"], row["sparse_seconds"]) > 0
+
+
+def test_bench_projects_dense(tmp_path):
+    """And leaves everything that it wrapped as it was."""
+    before = dict(sparsity.RULES), dict(kernels._LIST_KERNELS), sparsity.compact, sparsity.SpanView.full_lse
+    output = tmp_path / "bench.json"
+    command = ["bench", "speed", "--tiny", "--lengths", "400", "--density", "0.5", "--dense-layers", "1"]
+    assert main([*command, "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["dense_is"] == "projected from 1 and 2 layers at full length" and row["density_asked"] == 0.5
+    assert before == (sparsity.RULES, kernels._LIST_KERNELS, sparsity.compact, sparsity.SpanView.full_lse)
 
 
 def test_environment(tmp_path):

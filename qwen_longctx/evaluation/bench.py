@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen_longctx import LongContextConfig, patched_qwen
+from qwen_longctx import LongContextCache, LongContextConfig, kernels, patched_qwen, sparsity
 from qwen_longctx.attention import attend
 from qwen_longctx.plan import RotarySource, make_plan
 from qwen_longctx.rotary import rotate
@@ -42,10 +42,11 @@ GEOMETRY_1M = {"chunk_size": 262144, "local_size": 8192, "original_max_position_
 ROPE_THETA = 10_000_000.0
 
 
-def model_config(tiny: bool = False) -> Qwen2Config:
-    """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests."""
+def model_config(tiny: bool = False, layers: int | None = None) -> Qwen2Config:
+    """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests; all layers or some."""
+    shape = SHAPE_TINY if tiny else SHAPE_7B
     config = Qwen2Config(
-        **(SHAPE_TINY if tiny else SHAPE_7B),
+        **{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]},
         dual_chunk_attention_config=GEOMETRY_1M,
         tie_word_embeddings=False,
     )
@@ -56,10 +57,10 @@ def model_config(tiny: bool = False) -> Qwen2Config:
     return config
 
 
-def random_model(device: torch.device, tiny: bool = False) -> Qwen2ForCausalLM:
+def random_model(device: torch.device, tiny: bool = False, layers: int | None = None) -> Qwen2ForCausalLM:
     """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(model_config(tiny)).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(model_config(tiny, layers)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -304,3 +305,150 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
             "kv_cache_bytes": sum(b.numel() * b.element_size() for x in out.past_key_values.layers for b in x._buffers),
         }
     ]
+
+
+DENSITIES = {32768: 0.12, 65536: 0.08, 131072: 0.045, 262144: 0.03, 524288: 0.02, 1_000_000: 0.02}
+
+
+@torch.no_grad()
+def speed(
+    lengths: list[int],
+    device: torch.device,
+    tiny: bool = False,
+    density: float | None = None,
+    dense_layers: int = 0,
+    stock_up_to: int = 131072,
+) -> Iterator[dict[str, Any]]:
+    """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
+
+    Random weights attend evenly, so sparse runs block scores at a fixed density; that does the work of a run steered to
+    that density. The breakdown comes from a second sparse run under events, which wait for nothing.
+
+    Parameters
+    ----------
+    lengths : list of int
+    device : torch.device
+    tiny : bool
+        A toy shape.
+    density : float, optional
+        Share of the blocks; by default one for each length (`DENSITIES`, of the nearest length).
+    dense_layers : int
+        Project dense from two models of this many and twice as many layers, run at full length; 0 runs it whole.
+    stock_up_to : int
+        Longest prompt for stock transformers, whose cache copies itself.
+    """
+    model = random_model(device, tiny)
+    for length in lengths:
+        share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
+        sparse = {"sparse": "block_scores", "density": share, "sparse_attention_threshold": min(length - 1, 32767)}
+        ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+        row: dict[str, Any] = {"tokens": length, "density_asked": share}
+        _first_token(model, ids[:, : min(length, 2 * LongContextConfig.prefill_chunk_size)], sparse, device)  # warm-up
+        row["sparse_seconds"], cache = _first_token(model, ids, sparse, device)
+        row["density"] = round(cache.report()["density"], 5)
+        row["list_kernel"] = cache.sparse_state.records[-1].kernel
+        del cache
+        with Breakdown(model, device) as clock:
+            clocked, _ = _first_token(model, ids, sparse, device)
+        row["sparse_breakdown_seconds"] = clock.seconds(clocked)
+        if dense_layers:
+            row["dense_seconds"] = _projected(ids, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
+        else:
+            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, {}, device)[0], "run whole"
+        if length <= stock_up_to:
+            row["stock_seconds"] = _first_token(model, ids, None, device)[0]
+        row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
+        yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _first_token(
+    model: Qwen2ForCausalLM, ids: torch.Tensor, overrides: dict[str, Any] | None, device: torch.device
+) -> tuple[float, Any]:
+    """Seconds from the prompt to the first token's logits, and the cache; stock transformers if `overrides` is None."""
+    cache = None if overrides is None else LongContextCache(ids.shape[1] + 1)
+    found = []
+
+    def run() -> None:
+        found.append(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values)
+
+    with nullcontext() if overrides is None else patched_qwen(model, **overrides):
+        seconds = timed(run, device)
+    return seconds, found[0]
+
+
+def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int, of: int) -> float:
+    """Seconds of `of` layers from the slope between `layers` and twice as many."""
+    times = []
+    for count in (layers, 2 * layers):
+        model = random_model(device, tiny, layers=count)
+        _first_token(model, ids[:, : LongContextConfig.prefill_chunk_size], {}, device)
+        times.append(_first_token(model, ids, {}, device)[0])
+        del model
+    return times[0] + (of - layers) * (times[1] - times[0]) / layers
+
+
+class Breakdown:
+    """Seconds of a sparse prefill in its linear layers, selection, attention kernels and recall, by events.
+
+    The functions that do the work are wrapped while the context is open.
+    """
+
+    def __init__(self, model: Qwen2ForCausalLM, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.marks: dict[str, list[tuple[Any, Any]]] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Breakdown:
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                self._wrap(vars(module), "forward", "linear", module.forward)
+        for rule in sparsity.RULES:
+            selecting = sparsity.RULES[rule]
+            timed_rule = selecting._replace(select=self._clocked("selection", selecting.select))
+            self._wrap(sparsity.RULES, rule, "", selecting, timed_rule)
+        self._wrap(vars(sparsity), "compact", "selection", sparsity.compact)
+        for kernel, function in kernels._LIST_KERNELS.items():
+            self._wrap(kernels._LIST_KERNELS, kernel, "attention", function)
+        self._wrap(vars(sparsity), "fused_merge", "merge", sparsity.fused_merge)
+        full = sparsity.SpanView.full_lse
+        sparsity.SpanView.full_lse = self._clocked("recall", full)  # type: ignore[method-assign]
+        self._undo.append(lambda: setattr(sparsity.SpanView, "full_lse", full))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def _wrap(self, place: dict[str, Any], name: str, part: str, function: Any, by: Any = None) -> None:
+        before = place.get(name)
+        place[name] = by or self._clocked(part, function)
+        self._undo.append(lambda: place.pop(name) if before is None else place.update({name: before}))
+
+    def _clocked(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            start = self._mark()
+            result = function(*args, **kwargs)
+            self.marks.setdefault(part, []).append((start, self._mark()))
+            return result
+
+        return clocked
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, total: float) -> dict[str, float]:
+        """Seconds by part, and the rest of `total`."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        parts = {
+            part: sum(a.elapsed_time(b) / 1000 if cuda else b - a for a, b in marks)
+            for part, marks in self.marks.items()
+        }
+        parts["rest"] = total - sum(parts.values())
+        return {part: round(value, 4) for part, value in {**parts, "total": total}.items()}

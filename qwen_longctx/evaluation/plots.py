@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -33,3 +33,47 @@ def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length
     axes.set_ylabel("passkeys found")
     axes.legend()
     return figure
+
+
+def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """NLL above dense and agreement with it against density, a column for each length.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `quality.evaluate` gives them, of one length or several.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib import pyplot
+
+    lengths = sorted({row["tokens"] for row in rows})
+    figure, axes = pyplot.subplots(
+        2, len(lengths), figsize=(5 * len(lengths), 6), sharex="col", squeeze=False, layout="constrained"
+    )
+    for column, tokens in enumerate(lengths):
+        here = [row for row in rows if row["tokens"] == tokens]
+        dense = next(row for row in here if row["variant"] == "dense")
+        for name, points in _families(here).items():
+            density = [100 * row["density"] for row in points]
+            axes[0, column].plot(density, [row["nll"] - dense["nll"] for row in points], marker="o", label=name)
+            axes[1, column].plot(density, [100 * row["agreement"] for row in points], marker="o", label=name)
+        axes[0, column].axhline(0, color="grey", linewidth=0.8)
+        axes[0, column].set_title(f"{tokens:,} tokens")
+        axes[1, column].set_xlabel("blocks kept, %")
+        axes[1, column].set_xscale("log")
+    axes[0, 0].set_ylabel("NLL above dense, nats a token")
+    axes[1, 0].set_ylabel("top-1 agreement with dense, %")
+    axes[0, 0].legend()
+    return figure
+
+
+def _families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by rule and setting, each ordered by density; dense is left out."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["density"]):
+        if row["variant"] != "dense":
+            families.setdefault(row["variant"].split("=")[0], []).append(row)
+    return families

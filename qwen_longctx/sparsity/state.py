@@ -40,7 +40,7 @@ class Request:
 
     def takes(self, span: Span) -> bool:
         """Whether a span is prefilled sparsely: at least a tile of queries, and keys from position 0 on."""
-        return span.stop - span.start >= self.settings.block_size and span.segments[-1].key_start == 0
+        return span.stop - span.start >= self.settings.tile and span.segments[-1].key_start == 0
 
     @property
     def recall_target(self) -> float | None:

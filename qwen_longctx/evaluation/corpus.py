@@ -1,0 +1,51 @@
+"""Long real text that every installation has: the source code of an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGE = "transformers"
+
+
+def source_code(tokenizer: Any, length: int, package: str = PACKAGE) -> torch.Tensor:
+    """The first tokens of a package's Python files, joined in the order of their paths.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    length : int
+        Tokens wanted, exactly.
+    package : str
+        An installed package.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (1, `length`), int64.
+
+    Raises
+    ------
+    ValueError
+        The package is not installed, or its source is shorter.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package {package!r} is not installed: name one that is")
+    folder = Path(spec.submodule_search_locations[0])
+    tokens: list[int] = []
+    for path in sorted(folder.rglob("*.py")):
+        text = f"# {path.relative_to(folder.parent).as_posix()}\n{path.read_text(encoding='utf-8')}\n"
+        tokens += tokenizer(text, add_special_tokens=False).input_ids
+        if len(tokens) >= length:
+            return torch.tensor([tokens[:length]])
+    raise ValueError(f"the source of {package!r} has {len(tokens)} tokens, {length} are wanted: name a larger package")
+
+
+def fingerprint(ids: torch.Tensor) -> str:
+    """Short hash of token ids: two results of one hash ran on the same text."""
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]

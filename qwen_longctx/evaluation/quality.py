@@ -1,0 +1,159 @@
+"""Sparse against dense prefill on real text: likelihood, agreement, density, time and passkeys.
+
+Dense is the truth within the trained length. Beyond it dense itself wanders; judge there by likelihood and passkeys.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers.utils import logging as transformers_logging
+
+from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx.evaluation import passkey
+
+JUDGED = 8192  # tokens at the end of the text
+_ROWS_AT_A_TIME = 256  # of float32 logits over the vocabulary
+
+DEFAULT_VARIANTS = (
+    "block_scores",
+    "block_scores:recall_target=0.8",
+    "block_scores:recall_target=0.85",
+    "block_scores:recall_target=0.95",
+    "block_scores:score_threshold=0.2",
+    "block_scores:score_threshold=0.1",
+    "block_scores:score_threshold=0.05",
+    "block_scores:density=0.02",
+    "block_scores:density=0.04",
+    "block_scores:density=0.08",
+    "block_scores:density=0.16",
+    "block_scores:mass=0.8",
+    "vertical_slash",
+    "vertical_slash:recall_target=0.9",
+)
+
+
+class Variant(NamedTuple):
+    """A rule and its settings."""
+
+    name: str
+    overrides: dict[str, Any]
+
+
+def variant(text: str) -> Variant:
+    """Read ``rule`` or ``rule:setting=number,…``.
+
+    Raises
+    ------
+    ValueError
+        The text is not of this form. The settings themselves are checked by `LongContextConfig`.
+    """
+    rule, _, rest = text.partition(":")
+    overrides: dict[str, Any] = {"sparse": rule}
+    for item in filter(None, rest.split(",")):
+        key, sign, value = item.partition("=")
+        try:
+            overrides[key] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            sign = ""
+        if not sign:
+            raise ValueError(f"a variant reads RULE or RULE:SETTING=NUMBER,…, got {text!r}")
+    return Variant(text, overrides)
+
+
+class Judged(NamedTuple):
+    """One prefill: `logits` of shape (judged, vocabulary) predict `targets`, and the report of the cache."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    seconds: float
+    report: dict[str, Any]
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: torch.Tensor, judged: int, overrides: dict[str, Any]) -> Judged:
+    """Prefill `ids` of shape (1, tokens) and keep the logits that predict the last `judged` of them."""
+    cache = LongContextCache(ids.shape[1])
+    cuda = ids.device.type == "cuda"
+    with patched_qwen(model, **overrides):
+        begin = time.perf_counter()
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=judged + 1).logits[0, :-1]
+        if cuda:
+            torch.cuda.synchronize(ids.device)
+        seconds = time.perf_counter() - begin
+    return Judged(logits, ids[0, -judged:], seconds, cache.report())
+
+
+def compare(found: Judged, truth: Judged) -> dict[str, float]:
+    """Mean NLL of the targets (nats a token), top-1 agreement with `truth` and KL divergence from it."""
+    nll = agreement = divergence = 0.0
+    for start in range(0, len(found.targets), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        ours, theirs = (x.logits[rows].float().log_softmax(-1) for x in (found, truth))
+        nll += functional.nll_loss(ours, found.targets[rows], reduction="sum").item()
+        agreement += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        divergence += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+    tokens = len(found.targets)
+    return {"nll": nll / tokens, "agreement": agreement / tokens, "kl": divergence / tokens}
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    variants: Sequence[Variant],
+    judged: int = JUDGED,
+    depths: Sequence[float] = (),
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """One row for dense prefill, then one a variant.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A checkpoint that can be patched.
+    ids : torch.Tensor
+        Shape (1, tokens): the text.
+    variants : sequence of Variant
+    judged : int
+        Tokens at the end that are judged.
+    depths : sequence of float
+        Passkeys asked for at the same length, one a depth.
+    seed : int
+        Of the passkeys.
+    """
+    tokens = ids.shape[1]
+    if not 0 < judged < tokens:
+        raise ValueError(f"judged must be between 1 and {tokens - 1} tokens, got {judged}")
+    ids = ids.to(model.device)
+    runs = [Variant("dense", {"sparse": "off"}), *variants]
+    truth: Judged | None = None
+    with transformers_logging.tqdm(total=len(runs), desc=f"Quality at {tokens:,}", unit="run") as bar:
+        for name, overrides in runs:
+            always = {"sparse_attention_threshold": min(tokens - 1, 32768)} if overrides["sparse"] != "off" else {}
+            found = prefill(model, ids, judged, {**always, **overrides})
+            truth = truth or found
+            layers = found.report["layers"]
+            row = {
+                "tokens": tokens,
+                "judged": judged,
+                "variant": name,
+                **{key: round(value, 6) for key, value in compare(found, truth).items()},
+                "density": round(found.report["density"], 5),
+                "recall": round(sum(x["recall"] for x in layers) / len(layers), 5) if layers else 1.0,
+                "lowest_recall": round(min((x["lowest_recall"] for x in layers), default=1.0), 5),
+                "seconds": round(found.seconds, 3),
+            }
+            if found is not truth:
+                del found  # its logits make room for the next
+            if depths:
+                with patched_qwen(model, **always, **overrides):
+                    records = passkey.evaluate(model, tokenizer, [tokens], depths, seed=seed)
+                row["passkeys"] = f"{sum(r.correct for r in records)}/{len(records)}"
+                row["passkey_answers"] = {str(r.depth): r.answer for r in records}
+            yield row
+            bar.update()

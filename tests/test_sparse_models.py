@@ -1,0 +1,404 @@
+"""Sparse prefill inside models, caches, budgets' files and commands."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from helpers import FAMILIES, tiny_model
+from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
+from qwen_longctx.cache import mean_keys
+from qwen_longctx.cli import BUNDLED, main
+from qwen_longctx.evaluation import corpus, passkey, quality
+from qwen_longctx.sparsity import budgets
+from qwen_longctx.sparsity.calibrate import calibrate
+
+GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
+ON = {"sparse": "block_scores", "sparse_attention_threshold": 200, "prefill_chunk_size": 150, "block_size": 32}
+SMALL = [{str(head): ["vertical_and_slash", 40, 120, 0.5] for head in range(4)}] * 2
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def long_model(family="qwen2", **config):
+    values = {"dual_chunk_attention_config": dict(GEOMETRY), "max_position_embeddings": 256, **config}
+    return tiny_model(family, dtype=torch.float64, **values)
+
+
+def prompt(tokens, batch=1):
+    return torch.randint(1, 90, (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits(model, ids, cache=None, **kwargs):
+    return model(ids, past_key_values=cache, use_cache=cache is not None or None, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", [{"density": 1.0}, {"mass": 1.0}, {"sparse": "vertical_slash"}])
+def test_budgets_of_everything_are_dense(family, rule):
+    model, ids = long_model(family), prompt(500)
+    with patched_qwen(model, prefill_chunk_size=150):
+        dense = logits(model, ids)
+    cache = LongContextCache()
+    with patched_qwen(model, **{**ON, **rule}):
+        found = logits(model, ids, cache)
+    torch.testing.assert_close(found, dense, atol=1e-5, rtol=1e-5)
+    assert cache.report()["density"] == 1.0 and len(cache.report()["layers"]) == 2
+
+
+def test_short_prompts_stay_exact():
+    model, ids = long_model(), prompt(200)
+    with patched_qwen(model, prefill_chunk_size=150):
+        dense = logits(model, ids)
+    cache = LongContextCache()
+    with patched_qwen(model, **ON, density=0.1):
+        assert torch.equal(logits(model, ids, cache), dense)
+    assert cache.report()["layers"] == [] and cache.report()["density"] == 1.0
+
+
+def test_off_is_the_default():
+    assert LongContextConfig(256, 64, 256).sparse == "off"
+
+
+@pytest.mark.parametrize("rule", [{"density": 0.3}, {"sparse": "vertical_slash", "sparse_attention_config": SMALL}])
+def test_any_cache_gives_the_same(rule):
+    model, ids = patch_qwen(long_model(), **{**ON, **rule}), prompt(500)
+    ours, theirs = LongContextCache(), DynamicCache()
+    found = logits(model, ids, ours)
+    assert torch.equal(logits(model, ids, theirs), found)
+    assert torch.equal(logits(model, ids), found)
+    assert ours.report()["density"] == theirs.sparse_state.density() < 1
+    layers = ours.report()["layers"]
+    assert [x["layer"] for x in layers] == [0, 1]
+    assert all(0 < x["lowest_recall"] <= x["recall"] <= 1 + 1e-9 for x in layers)
+
+
+def test_generate_and_its_report():
+    model, ids = patch_qwen(long_model(), **ON, density=0.4), prompt(500)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+    )
+    assert out.sequences.shape[1] == 506
+    report = out.past_key_values.report()
+    assert 0 < report["density"] < 1 and report["tokens"] == 500
+
+
+def test_a_copied_cache_goes_on_by_itself():
+    model, ids = patch_qwen(long_model(), **ON, density=0.3), prompt(700)
+    cache = LongContextCache()
+    logits(model, ids[:, :450], cache)
+    copied = copy.deepcopy(cache)
+    first = logits(model, ids[:, 450:], cache)
+    assert torch.equal(logits(model, ids[:, 450:], copied), first)
+    assert len(copied.sparse_state.records) == len(cache.sparse_state.records)
+
+
+def test_a_cropped_cache_forgets_its_means():
+    model, ids, other = patch_qwen(long_model(), **ON, density=0.3), prompt(600), prompt(600) + 3
+    cache, fresh = LongContextCache(), LongContextCache()
+    for one in (cache, fresh):
+        one.prompt_length = 600
+        logits(model, ids[:, :300], one)
+    logits(model, other[:, 300:600], cache)
+    cache.crop(300)
+    assert torch.equal(logits(model, ids[:, 300:], cache), logits(model, ids[:, 300:], fresh))
+
+
+def test_means_of_keys_follow_every_change():
+    cache = LongContextCache()
+    k = torch.randn(2, 3, 70, 8)
+
+    def check():
+        layer = cache.layers[0]
+        torch.testing.assert_close(layer.key_means(8), mean_keys(layer.keys.transpose(1, 2), 8))
+
+    cache.update(k, k, 0)
+    check()
+    cache.update(k[:, :, :29], k[:, :, :29], 0)
+    check()
+    cache.crop(53)
+    cache.update(k + 1, k, 0)
+    check()
+    cache.reorder_cache(torch.tensor([1, 1]))
+    check()
+    cache.batch_repeat_interleave(2)
+    check()
+    torch.testing.assert_close(cache.layers[0].key_means(16), mean_keys(cache.layers[0].keys.transpose(1, 2), 16))
+    cache.layers[0].reset()
+    cache.update(*[torch.cat((k, k - 1))] * 2, 0)
+    check()
+
+
+@pytest.mark.parametrize("rule", [{"density": 0.3}, {"sparse": "vertical_slash", "sparse_attention_config": SMALL}])
+@pytest.mark.parametrize("padding", [32, 45, 160])
+def test_left_padded_rows_are_the_rows_alone(rule, padding):
+    model, ids = patch_qwen(long_model(), **{**ON, **rule, "prefill_chunk_size": 1000}), prompt(500, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = logits(model, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found[1:], logits(model, ids[1:]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[:1, padding:], logits(model, ids[:1, padding:]), atol=1e-5, rtol=1e-5)
+
+
+def test_training_and_attention_weights_stay_dense():
+    model, ids = long_model(), prompt(250)
+    with patched_qwen(model, sparse="off"):
+        dense = model(ids).logits
+    with patched_qwen(model, **ON, density=0.1):
+        assert torch.equal(model(ids).logits, dense)  # under a gradient
+        with torch.no_grad():
+            weights = model(ids[:, :180], output_attentions=True, attention_mask=None)
+    assert weights.attentions[0].shape[-1] == 180
+
+
+def test_a_warning_says_that_attention_is_approximate(caplog):
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING), patched_qwen(model := long_model(), **ON):
+        for tokens in (480, 490):
+            logits(model, prompt(tokens))
+    # said once in a process: other tests may have said it already
+    assert sum("Sparse prefill (block_scores) is on" in r.getMessage() for r in caplog.records) <= 1
+
+
+def test_broken_activations_stop_the_run():
+    model = patch_qwen(long_model(), **ON)
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="layer 1, tokens .* recalls nan .* 'reference'"):
+        logits(model, prompt(500))
+
+
+def test_auto_takes_the_budgets_of_the_checkpoint(tmp_path):
+    model, ids = long_model(), prompt(500)
+    with patched_qwen(model, **{**ON, "sparse": "auto"}):
+        cache = LongContextCache()
+        logits(model, ids, cache)
+    assert {rule for rule, _ in cache.sparse_state.budgets} == {"block_scores"}
+    (tmp_path / budgets.FILE_NAME).write_text(json.dumps(SMALL))
+    model.config.name_or_path = str(tmp_path)
+    with patched_qwen(model, **{**ON, "sparse": "auto"}):
+        cache = LongContextCache()
+        logits(model, ids, cache)
+    assert cache.sparse_state.head_budgets.verticals == [[40] * 4] * 2
+    assert cache.report()["density"] < 1
+    model.config.dual_chunk_attention_config["sparse_attention_config"] = [{}, {}]
+    with patched_qwen(model, **{**ON, "sparse": "auto"}):
+        cache = LongContextCache()
+        logits(model, ids, cache)
+    assert cache.sparse_state.head_budgets.verticals == [[1000] * 4] * 2
+
+
+# --- files of budgets ---------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_read_back_as_written(tmp_path):
+    source = [{"0": ["vertical_and_slash", 30, 800, 0.7], "1": ["vertical_and_slash", 5, 6, 0.1]}, {}]
+    found = budgets.load(source, 2, 2)
+    assert found.verticals == [[130, 5], [1000, 1000]] and found.slashes == [[800, 6], [6096, 6096]]
+    path = tmp_path / "budgets.json"
+    path.write_text(json.dumps(budgets.dump(found)))
+    assert budgets.load(path, 2, 2) == found
+    by_layer = {str(i): entry for i, entry in enumerate(budgets.dump(found))}
+    assert budgets.load(by_layer, 2, 2) == found
+
+
+def test_budgets_of_an_installed_minference(tmp_path, monkeypatch):
+    """Found by the model's name, without an import: the package's own import fails on new transformers."""
+    folder = tmp_path / "minference" / "configs"
+    folder.mkdir(parents=True)
+    (tmp_path / "minference" / "__init__.py").write_text("raise ImportError('imported')")
+    for name, verticals in (
+        ("Qwen2.5_7B_Instruct_1M", 11),
+        ("Qwen2.5_7B_Instruct_128k_instruct_kv_out_v32_fit_o_best_pattern", 22),
+        ("Qwen3_8B_128k_kv_out_v32_fit_o_best_pattern", 33),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps([{"0": ["vertical_and_slash", verticals, 5, 0.0]}]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, verticals in (("Qwen/Qwen2.5-7B-Instruct-1M", 11), ("Qwen2.5-7B-Instruct", 22), ("a/Qwen3-8B", 33)):
+        assert budgets.load("minference", 1, 1, name).verticals == [[verticals]]
+    with pytest.raises(FileNotFoundError, match="has no file for 'Qwen3-4B'"):
+        budgets.load("minference", 1, 1, "Qwen3-4B")
+
+
+BAD_BUDGETS = [
+    ([{}], "must list 2 layers, got 1"),
+    (7, "must list 2 layers, got int"),
+    ([[], {}], "layer 0 must be a mapping of heads"),
+    ([{"0": 3}, {}], "head 0 of layer 0 must be .pattern, verticals, slashes, score., got 3"),
+    ([{"1": ["block_sparse", 8, 1, 0.5]}, {}], "head 1 of layer 0 has the pattern 'block_sparse'"),
+    ([{}, {"0": ["vertical_and_slash", 0, 10, 1]}], "verticals must be a positive whole number, got 0"),
+    ([{}, {"0": ["vertical_and_slash", 10, 1.5, 1]}], "slashes must be a positive whole number, got 1.5"),
+    ([{}, {"9": ["vertical_and_slash", 10, 10, 1]}], "names head '9' of layer 1: the model has 2"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), BAD_BUDGETS)
+def test_bad_budgets(source, message):
+    with pytest.raises(ValueError, match=message):
+        budgets.load(source, 2, 2)
+
+
+def test_bad_files_of_budgets(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.json"):
+        budgets.load(tmp_path / "nowhere.json", 2, 2)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="bad.json is no JSON"):
+        budgets.load(tmp_path / "bad.json", 2, 2)
+    with pytest.raises(FileNotFoundError, match="needs the package minference"):
+        budgets.load("minference", 2, 2, "Qwen2.5-7B-Instruct")
+
+
+BAD_SETTINGS = [
+    ({"sparse": "some"}, ValueError, "sparse must be one of off, auto, block_scores, vertical_slash, got 'some'"),
+    ({"recall_target": 1.0}, ValueError, "recall_target must lie between 0 and 1, got 1.0"),
+    ({"density": 0.0}, ValueError, "density must lie between 0 and 1, got 0.0"),
+    ({"mass": "all"}, TypeError, "mass must be a number, got 'all'"),
+    ({"density": 0.1, "mass": 0.9}, ValueError, "density and mass are given"),
+    ({"sparse": "vertical_slash", "density": 0.1}, ValueError, "density is a setting of block_scores"),
+    ({"sparse_attention_config": 5}, TypeError, "sparse_attention_config must be a file"),
+    ({"sparse": "auto", "kernel": "sdpa"}, ValueError, "kernel='sdpa' takes no block lists"),
+    ({"sparse": "auto", "block_size": 24}, ValueError, r"divides chunk_size - local_size \(192\), got 24"),
+    ({"sparse": "auto", "block_size": 128}, ValueError, r"divides chunk_size - local_size \(192\), got 128"),
+    ({"sparse": "auto", "local_size": 63}, ValueError, r"\(193\), got 1: change block_size or local_size"),
+    ({"block_size": 1.5}, TypeError, "block_size must be a whole number of tokens, got 1.5"),
+    ({"last_q": 0}, ValueError, "last_q must be at least 1 token, got 0"),
+    ({"sparse_attention_threshold": -1}, ValueError, "sparse_attention_threshold must be at least 1 token, got -1"),
+]
+
+
+@pytest.mark.parametrize(("values", "error", "message"), BAD_SETTINGS)
+def test_bad_settings(values, error, message):
+    model = long_model()
+    with pytest.raises(error, match=message):
+        patch_qwen(model, **values)
+    assert "forward" not in vars(model)
+
+
+def test_a_missing_file_of_budgets_stops_the_run_before_it_starts():
+    model = patch_qwen(long_model(), **{**ON, "sparse": "vertical_slash", "sparse_attention_config": "nowhere.json"})
+    with pytest.raises(FileNotFoundError, match="there is no file nowhere.json"):
+        model.generate(prompt(500), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("stride", "given", "tile"), [(253952, None, 128), (192, None, 64), (24576, None, 128), (192, 32, 32)]
+)
+def test_the_default_block_divides_the_stride(stride, given, tile):
+    assert LongContextConfig(stride + 64, 64, 100, sparse="auto", block_size=given).tile == tile
+
+
+# --- calibration and quality --------------------------------------------------------------------------------------
+
+
+def test_calibration_improves_recall_and_loads_back(tmp_path):
+    model, path = long_model(), tmp_path / "found" / budgets.FILE_NAME
+    start = budgets.HeadBudgets([[31] * 4] * 2, [[101] * 4] * 2, [[0.0] * 4] * 2)
+    settings = {"sparse_attention_threshold": 200, "block_size": 32}
+    done = calibrate(model, [prompt(400), prompt(700)], start, path, threshold=0.9, step=64, rounds=8, **settings)
+    assert done[0].lowest_recall < 0.9 <= done[-1].lowest_recall and done[-1].raised == 0
+    assert not path.with_name(path.name + ".progress").exists()
+    recall = []
+    for source in (budgets.dump(start), str(path)):
+        cache = LongContextCache()
+        with patched_qwen(model, sparse="vertical_slash", sparse_attention_config=source, **settings):
+            logits(model, prompt(700), cache)
+        recall.append(min(x["lowest_recall"] for x in cache.report()["layers"]))
+    assert recall[1] > recall[0] and recall[1] >= 0.9
+    for row, slashes in zip(budgets.load(path, 2, 4).verticals, budgets.load(path, 2, 4).slashes, strict=True):
+        assert all((v - 31) % 64 == 0 and v - 31 == s - 101 for v, s in zip(row, slashes, strict=True))
+
+
+def test_calibration_resumes(tmp_path, monkeypatch):
+    model = long_model()
+    start = budgets.HeadBudgets([[31] * 4] * 2, [[101] * 4] * 2, [[0.0] * 4] * 2)
+    settings = {"sparse_attention_threshold": 200, "block_size": 32}
+    how = {"threshold": 0.95, "step": 4, "rounds": 4, **settings}
+    whole = calibrate(model, [prompt(500)], start, tmp_path / "whole.json", **how)
+    import qwen_longctx.sparsity.calibrate as module
+
+    measured, calls = module._recall, []
+
+    def twice_then_stop(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(module, "_recall", twice_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **how)
+    with pytest.raises(ValueError, match="notes the progress of another request"):
+        calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **{**how, "threshold": 0.8})
+    assert calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **how) == whole
+    assert len(calls) == 3 + len(whole) - 2 and len(whole) == 4
+    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"threshold": 1.0}, "threshold must lie between 0 and 1"), ({"step": 0}, "step and rounds must be at least 1")],
+)
+def test_bad_calibration(values, message, tmp_path):
+    start = budgets.uniform(2, 4)
+    with pytest.raises(ValueError, match=message):
+        calibrate(long_model(), [prompt(300)], start, tmp_path / "x.json", **values)
+
+
+def test_source_code_is_real_text_of_exact_length():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    ids = corpus.source_code(tokenizer, 300, "qwen_longctx")
+    assert ids.shape == (1, 300) and "patch_qwen" in tokenizer.decode(ids[0])
+    assert corpus.fingerprint(ids) == corpus.fingerprint(ids.clone()) != corpus.fingerprint(ids + 1)
+    with pytest.raises(ValueError, match="package 'no_such_package' is not installed"):
+        corpus.source_code(tokenizer, 300, "no_such_package")
+    with pytest.raises(ValueError, match="name a larger package"):
+        corpus.source_code(tokenizer, 10_000_000, "qwen_longctx")
+
+
+def test_variants():
+    assert quality.variant("vertical_slash") == ("vertical_slash", {"sparse": "vertical_slash"})
+    found = quality.variant("block_scores:density=0.1,last_q=32")
+    assert found.overrides == {"sparse": "block_scores", "density": 0.1, "last_q": 32}
+    for text in ("block_scores:density", "block_scores:density=much"):
+        with pytest.raises(ValueError, match="a variant reads RULE"):
+            quality.variant(text)
+
+
+def test_quality_command(tmp_path):
+    """On the bundled checkpoint: everything kept is dense; less is further away; passkeys are asked for."""
+    output, plot = tmp_path / "quality.json", tmp_path / "quality.png"
+    variants = ["block_scores:density=1.0", "block_scores:density=0.3", "vertical_slash"]
+    command = ["quality", "--model", str(BUNDLED), "--lengths", "512", "--judged", "128", "--dtype", "float32"]
+    command += ["--package", "qwen_longctx", "--depths", "0.5", "--variants", *variants]
+    pytest.importorskip("matplotlib")
+    assert main([*command, "--output", str(output), "--plot", str(plot)]) == 0
+    found = json.loads(output.read_text())
+    dense, everything, some, slashes = found["rows"]
+    assert [row["variant"] for row in found["rows"]] == ["dense", *variants]
+    assert everything["nll"] == pytest.approx(dense["nll"], abs=1e-4) and everything["agreement"] == 1.0
+    assert slashes["density"] == 1.0  # budgets of thousands hold all of a short text
+    assert some["density"] < 0.7 and some["kl"] > everything["kl"] and some["recall"] < 1
+    assert dense["passkeys"] == "1/1" and found["texts"]["512"]
+    assert plot.stat().st_size > 1000
+
+
+def test_calibrate_command(tmp_path, capsys):
+    output = tmp_path / "found.json"
+    command = ["calibrate", "--model", str(BUNDLED), "--lengths", "600", "--package", "qwen_longctx"]
+    assert main([*command, "--dtype", "float32", "--rounds", "1", "--output", str(output)]) == 0
+    assert "600 tokens, round 1: recall 1.0000" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    budgets.load(output, model.config.num_hidden_layers, model.config.num_attention_heads)
+
+
+def test_bundled_checkpoint_finds_passkeys_sparsely():
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    with patched_qwen(model, sparse="block_scores", sparse_attention_threshold=256, prefill_chunk_size=1024):
+        records = passkey.evaluate(model, tokenizer, [2048], [0.1, 0.5, 0.9])
+    assert sum(r.correct for r in records) >= 2
