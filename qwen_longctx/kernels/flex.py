@@ -47,7 +47,8 @@ def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMas
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return key <= query + past
 
-    none = (torch.zeros_like(blocks.counts), torch.zeros_like(blocks.indices[..., :1]))
+    # the kernel walks both lists with the strides of the first, so that an empty one must have the other's shape
+    none = (torch.zeros_like(blocks.counts), blocks.indices)
     listed = (blocks.counts, blocks.indices)
     in_part, whole = (listed, (None, None)) if causal else (none, listed)
     return BlockMask(

@@ -18,6 +18,7 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2.0))
 _KEYS_AT_A_TIME = 64
 _ROWS_AT_A_TIME = 64
+_MERGED_ROWS = 16
 _PROGRAMS_WANTED = 2048  # splits of long key ranges fill the device with at least so many programs
 _BITS = 31  # of a float32 that is not negative
 
@@ -135,7 +136,7 @@ def _keep(
             everything = wanted >= 1
         # The largest value that still gathers what is missing, one bit of the float at a time
         bits = choice.to(tl.int32, bitcast=True)
-        low: Any = 0
+        low = tl.full([], 0, tl.int32)
         for step in range(BITS):
             guess = low | (1 << (BITS - 1 - step))
             if HOW == 0:
@@ -444,7 +445,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=first.device)
     four = [(o, s.contiguous()) for o, s in parts] + [parts[0]] * (4 - len(parts))
     strides = [stride for o, _ in four for stride in o.stride()[:3]]
-    _merge[(triton.cdiv(queries, _ROWS_AT_A_TIME), batch * heads)](
+    _merge[(triton.cdiv(queries, _MERGED_ROWS), batch * heads)](
         *[tensor for part in four for tensor in part],
         out,
         lse,
@@ -455,7 +456,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         PARTS=len(parts),
         HEAD_DIM=head_dim,
         DIM=triton.next_power_of_2(head_dim),
-        ROWS=_ROWS_AT_A_TIME,
+        ROWS=_MERGED_ROWS,
         num_warps=4,
     )
     return out, lse

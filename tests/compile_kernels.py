@@ -1,0 +1,59 @@
+"""Compile every Triton kernel for GPUs that need not be there: ``python compile_kernels.py 80 90``.
+
+Run as a script, without the interpreter; prints a line for each kernel and compute capability.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qwen_longctx.kernels import gpu
+
+TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
+KERNELS = [
+    (gpu._row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (
+        gpu._block_shares,
+        {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
+        {**TILE, "PER_TILE": 8, "PER_BLOCK": 4},
+    ),
+    (
+        gpu._columns,
+        {
+            **{name: "*bf16" for name in ("q", "k", "v", "out")},
+            **{"keep": "*u8", "lse": "*fp32", "scale": "fp32"},
+        },
+        TILE,
+    ),
+    (
+        gpu._merge,
+        {
+            **{f"o{i}": "*bf16" for i in range(4)},
+            **{f"s{i}": "*fp32" for i in range(4)},
+            **{"out": "*bf16", "lse": "*fp32"},
+        },
+        {"PARTS": 4, "HEAD_DIM": 128, "DIM": 128, "ROWS": 16},
+    ),
+    *(
+        (
+            gpu._keep,
+            {"scores": "*fp32", "kept": "*u8", "whole": "*i32", "visible": "*i32", "amount": "*fp32"},
+            {"HOW": how, "BITS": 31, "WIDTH": 1024},
+        )
+        for how in range(3)
+    ),
+    (gpu._compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
+]
+
+for capability in map(int, sys.argv[1:]):
+    for kernel, types, constants in KERNELS:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        values = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, constexprs=values)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        print(f"{kernel.__name__} {capability} {len(compiled.asm['cubin'])} bytes")
