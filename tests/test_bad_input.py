@@ -10,7 +10,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from helpers import GEOMETRY, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, patches
-from qwen_longctx.cli import main
+from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import passkey
 
 SETTINGS = [
@@ -200,11 +200,18 @@ def test_passkey_prompts(change, message):
         passkey.prompt(Letters(), **arguments)
 
 
+QUALITY = ["quality", "--model", str(BUNDLED), "--lengths", "512"]
+CALIBRATE = ["calibrate", "--model", str(BUNDLED), "--lengths", "512", "--output", "never_written.json"]
 COMMANDS = [
     (["bench", "stock"], "bench needs a CUDA device"),
     (["bench", "mlp", "--tiny"], "bench mlp reads CUDA's memory statistics"),
     (["passkey", "--model", "no/such/folder", "--lengths", "1000"], "no/such/folder"),
     (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
+    ([*QUALITY, "--variants", "fast"], "sparse must be one of off, auto, block_scores, vertical_slash, got 'fast'"),
+    ([*QUALITY, "--variants", "block_scores:density=all"], "a variant reads RULE or RULE:SETTING=NUMBER"),
+    ([*QUALITY, "--package", "no_such_package"], "package 'no_such_package' is not installed"),
+    ([*CALIBRATE, "--start", "nowhere.json"], "there is no file nowhere.json"),
+    (["bench", "speed"], "bench needs a CUDA device"),
 ]
 
 
@@ -217,7 +224,7 @@ def test_commands(command, message, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["plan", "--model", "x", "--tokens", "0"], ["bench", "speed"], [], ["demo", "now"]]
+    "command", [["plan", "--model", "x", "--tokens", "0"], ["bench", "everything"], [], ["demo", "now"]]
 )
 def test_usage(command, capsys):
     with pytest.raises(SystemExit) as stopped:
