@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.kernels.merge import TOKENS_AT_A_TIME
+from qwen_longctx.sparsity.block_scores import MEANS_A_BLOCK
 
 GIB = 1 << 30
+_BYTES_A_PAIR = 4 + 1 + 2 * 4  # score, mask, and the lists of all segments with what they are made from
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,18 @@ def activation_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype, s
     projected = rows * (2 * queries + 4 * config.num_key_value_heads * _head_dim(config)) * dtype.itemsize
     partial = 4 * rows * queries * dtype.itemsize  # three segments' results and their merge
     sums = 2 * min(rows, TOKENS_AT_A_TIME * batch) * queries * 4
+    partial += _sparse_bytes(config, tokens, batch, dtype, settings)
     mlp = min(rows, settings.mlp_chunk_size * batch) * config.intermediate_size * 4 * dtype.itemsize
     return stream + max(projected + partial + sums, mlp + rows * config.hidden_size * dtype.itemsize)
+
+
+def _sparse_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> int:
+    """Means of keys of all layers; scores, mask and lists of one chunk of one layer."""
+    if settings.sparse == "off" or tokens <= settings.sparse_attention_threshold:
+        return 0
+    means = kv_bytes(config, dtype) // 2 * tokens * batch * MEANS_A_BLOCK // settings.tile
+    tiles, blocks = (-(-n // settings.tile) for n in (min(tokens, settings.prefill_chunk_size), tokens))
+    return means + batch * config.num_attention_heads * tiles * blocks * _BYTES_A_PAIR
 
 
 def _head_dim(config: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,3 +56,13 @@ def test_what_fits_is_said(config, settings):
 def test_nothing_to_estimate(config, settings, tokens, batch):
     with pytest.raises(ValueError, match=f"tokens and batch must be at least 1, got {tokens} and {batch}"):
         memory.estimate(config, tokens, batch, BF16, settings)
+
+
+def test_sparse_prefill_counts_its_means_and_lists(config, settings):
+    sparse = replace(settings, sparse="block_scores")
+    dense, more = (memory.estimate(config, 1_000_000, 1, BF16, s) for s in (settings, sparse))
+    means = 1_000_000 * 57_344 // 2 // 32
+    pairs = 28 * 256 * 7813 * 13
+    assert more.activations - dense.activations == pytest.approx(means + pairs, rel=0.01)
+    short = memory.estimate(config, 30_000, 1, BF16, sparse)
+    assert short == memory.estimate(config, 30_000, 1, BF16, settings)
