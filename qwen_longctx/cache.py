@@ -178,11 +178,19 @@ class LongContextCache(DynamicCache):
             raise ValueError(f"capacity must not be negative, got {capacity}")
         Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
         self.capacity = capacity
+        self._forget()
+
+    def _forget(self) -> None:
         self.prompt_length = 0
         self.sparse_state = SparseState()
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.peak_memory_bytes = 0
+
+    def reset(self) -> None:
+        """Forget the sequence and keep the room."""
+        super().reset()
+        self._forget()
 
     def append(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Append to one layer in the layout of its buffers: spares decode the transpositions of `update`."""

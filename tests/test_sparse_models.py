@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from helpers import FAMILIES, tiny_model
-from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
+from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen
 from qwen_longctx.cache import mean_keys
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import corpus, passkey, quality
@@ -155,6 +155,40 @@ def test_training_and_attention_weights_stay_dense():
         with torch.no_grad():
             weights = model(ids[:, :180], output_attentions=True, attention_mask=None)
     assert weights.attentions[0].shape[-1] == 180
+
+
+def test_a_reset_cache_forgets_budgets_and_records():
+    model, ids = patch_qwen(long_model(), **ON), prompt(500)
+    cache, fresh = LongContextCache(), LongContextCache()
+    logits(model, prompt(600), cache)
+    cache.reset()
+    assert torch.equal(logits(model, ids, cache), logits(model, ids, fresh))
+    assert cache.report()["layers"] == fresh.report()["layers"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flex", "fa4"])
+@pytest.mark.parametrize("rule", [{"density": 1.0}, {"density": 0.4}, {}, {"sparse": "vertical_slash"}])
+def test_list_kernels_agree_in_a_model(name, rule):
+    """Blocks of 128 and head dim 64, as real models have them; the canary watches on the way."""
+    reason = kernels.why_not(torch.device("cuda"), torch.bfloat16, 64, 128)[name]
+    if reason:
+        pytest.skip(f"{name} {reason}")
+    geometry = {"chunk_size": 1024, "local_size": 256, "original_max_position_embeddings": 1024}
+    model = tiny_model("qwen2", torch.bfloat16, head_dim=64, dual_chunk_attention_config=geometry).cuda()
+    ids = prompt(3000).cuda()
+    settings = {**ON, "block_size": 128, "prefill_chunk_size": 700, **rule}
+    found = {}
+    for kernel in ("reference", name):
+        cache = LongContextCache()
+        with patched_qwen(model, **settings, kernel=kernel):
+            found[kernel] = logits(model, ids, cache).float(), cache.report()["layers"]
+    torch.testing.assert_close(found[name][0], found["reference"][0], atol=0.1, rtol=0.1)
+    for ours, theirs in zip(found[name][1], found["reference"][1], strict=True):
+        assert ours["recall"] == pytest.approx(theirs["recall"], abs=5e-3)
+    if rule.get("density") == 1.0:
+        with patched_qwen(model, prefill_chunk_size=700):
+            torch.testing.assert_close(found[name][0], logits(model, ids).float(), atol=0.1, rtol=0.1)
 
 
 def test_a_warning_says_that_attention_is_approximate(caplog):

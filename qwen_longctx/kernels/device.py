@@ -14,6 +14,15 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def older_than(device: torch.device, capability: tuple[int, int]) -> str:
+    """What `device` lacks if it is no CUDA device of a compute capability; empty if it is one."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    found = torch.cuda.get_device_capability(device)
+    wanted = ".".join(map(str, capability))
+    return "" if found >= capability else f"needs compute capability {wanted}, this device has {found[0]}.{found[1]}"
+
+
 def uses_triton(x: torch.Tensor) -> bool:
     """Whether `x` lies where a Triton kernel can run; elsewhere PyTorch does the same, slowly."""
     return x.is_cuda and x.dtype != torch.float64 and has_triton()

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from qwen_longctx.kernels.device import older_than
 from qwen_longctx.kernels.lists import BlockLists
 from qwen_longctx.kernels.sdpa import sdpa
 
@@ -43,12 +44,9 @@ def fa4(
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
     """Why this kernel cannot take such lists; empty if it can."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (9, 0):
-        # on 8.0 it ignores the lists without a word (flash-attention issue 2897)
-        return f"needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+    # on 8.0 it ignores the lists without a word (flash-attention issue 2897)
+    if lack := older_than(device, (9, 0)):
+        return lack
     try:
         found = find_spec("flash_attn.cute") is not None
     except ModuleNotFoundError:

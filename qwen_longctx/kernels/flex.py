@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
-from qwen_longctx.kernels.device import has_triton
+from qwen_longctx.kernels.device import has_triton, older_than
 from qwen_longctx.kernels.lists import BlockLists
 from qwen_longctx.kernels.sdpa import sdpa
 
@@ -68,11 +68,8 @@ def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMas
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
     """Why this kernel cannot take such lists; empty if it can."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if lack := older_than(device, (8, 0)):
+        return lack
     if not has_triton():
         return "needs the package triton"
     if dtype == torch.float64:
