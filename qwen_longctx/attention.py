@@ -93,7 +93,9 @@ def _attend_span(
     tokens = slice(start, start + q.shape[1])
     pieces = [Piece(s, rotate(q, plan.tables.queries[s.kind].rows(group.rows, tokens))) for s in span.segments]
     request = plan.sparse
-    if request is not None and request.takes(span):
+    if request is not None and not request.takes(span, group.dense_from):
+        request.observe_dense(call.layer, span, q.shape[0] * q.shape[2])
+    elif request is not None:
         tiles = Tiles.of(span, request.settings.tile, q.device)
         return sparsity.attend(*_view(q, k, v, call, group, tiles, span, tuple(pieces)), request)
     kernel = kernels.get(plan.kernel)

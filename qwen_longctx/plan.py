@@ -32,6 +32,7 @@ class RowGroup:
     """Neighbouring rows of one geometry.
 
     `temperature` is ``f²``: one number, or a tensor of shape (queries, 1, 1) where it differs between queries.
+    Queries from position `dense_from` on are the end of the prompt, which is never prefilled sparsely.
     """
 
     rows: slice
@@ -39,6 +40,7 @@ class RowGroup:
     offset: int
     spans: tuple[Span, ...]
     temperature: float | torch.Tensor
+    dense_from: int
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Plan:
 def _group_to(group: RowGroup, device: torch.device) -> RowGroup:
     if not isinstance(group.temperature, torch.Tensor):
         return group
-    return RowGroup(group.rows, group.queries, group.offset, group.spans, group.temperature.to(device))
+    return replace(group, temperature=group.temperature.to(device))
 
 
 class RotarySource(NamedTuple):
@@ -148,7 +150,8 @@ def make_plan(
     rows = _rows(position_ids, mask, batch, tokens, cached)
     stride = settings.chunk_size if one_chunk else settings.stride
     full_length = max(prompt_length, cached + tokens)
-    groups = _groups(rows, cached, tokens, stride, settings, full_length, prompt_length, device)
+    dense_from = full_length - (sparse.dense_end if sparse is not None else 0)
+    groups = _groups(rows, cached, stride, settings, full_length, prompt_length, dense_from, device)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     tables = RotaryTables(
         position_ids.to(device),
@@ -207,11 +210,11 @@ def _padded_row(offsets: torch.Tensor, visible: torch.Tensor, cached: int) -> Ro
 def _groups(
     rows: list[Row],
     cached: int,
-    tokens: int,
     stride: int,
     settings: LongContextConfig,
     full_length: int,
     prompt_length: int,
+    dense_from: int,
     device: torch.device,
 ) -> tuple[RowGroup, ...]:
     groups = []
@@ -222,10 +225,13 @@ def _groups(
         row = rows[start]
         first, last = row.queries
         if first < last:
-            position = cached - row.offset
-            found = spans(position + first, position + last, stride, row.first_key - row.offset)
+            begin, end = cached - row.offset + first, cached - row.offset + last
+            border = dense_from - row.offset
+            cut = min(max(begin, border), end)
+            oldest = row.first_key - row.offset
+            found = spans(begin, cut, stride, oldest) + spans(cut, end, stride, oldest)
             heat = _temperature(row, cached, settings, full_length, prompt_length, device)
-            groups.append(RowGroup(slice(start, stop), slice(first, last), row.offset, found, heat))
+            groups.append(RowGroup(slice(start, stop), slice(first, last), row.offset, found, heat, border))
         start = stop
     return tuple(groups)
 

@@ -88,6 +88,9 @@ def prefill(
         )
         turned[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
         outs.append(attend(q[:, start:stop], turned[:, :stop], v[:, :stop], plan, SCALE))
+    spans = {(record.start, record.stop) for record in state.records}
+    last = {(view.span.start, view.span.stop): (view, selection) for view, selection in spy.seen}
+    spy.seen = [seen for span, seen in last.items() if span in spans]  # without the trials of a first budget
     return torch.cat(outs, dim=1), state, spy
 
 

@@ -416,7 +416,7 @@ def test_quality_command(tmp_path):
     assert [row["variant"] for row in found["rows"]] == ["dense", *variants]
     assert everything["nll"] == pytest.approx(dense["nll"], abs=1e-4) and everything["agreement"] == 1.0
     assert slashes["density"] == 1.0  # budgets of thousands hold all of a short text
-    assert some["density"] < 0.7 and some["kl"] > everything["kl"] and some["recall"] < 1
+    assert some["density"] < 0.9 and some["kl"] > everything["kl"] and some["recall"] < 1
     assert dense["passkeys"] == "1/1" and found["texts"]["512"]
     assert plot.stat().st_size > 1000
 

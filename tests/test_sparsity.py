@@ -203,6 +203,8 @@ def test_density_counts_what_is_kept(rule):
                     columns = [c for c in selection.columns[0, head].tolist() if c >= 0 and c // 32 < whole]
                     kept += sum(not mask[c // 32] for c in columns) / 32
             pairs += 4 * int(view.tiles.visible[tile])
+    dense = 4 * sum(-(-stop // 32) for stop in (468, 500))  # the last two tiles of the prompt
+    kept, pairs = kept + dense, pairs + dense
     assert state.density() == pytest.approx(kept / pairs)
     assert 0 < state.density() <= 1
 
@@ -319,7 +321,7 @@ def test_a_third_rule_is_one_function(monkeypatch):
 def test_steering_moves_towards_the_target_within_bounds():
     rule = Rule(lambda *a: None, start=1.0, lowest=0.5, highest=8.0, recall_target=0.9)
     budget = torch.ones(4)
-    recall = torch.tensor([0.9, 0.6, 0.99, 0.0])
+    recall = torch.tensor([[0.9, 0.5, 0.99, 0.0], [0.9, 0.7, 0.99, 0.0]])
     after = steer(budget, recall, 0.9, rule)
     assert after[0] == pytest.approx(1.0)
     assert after[1] == pytest.approx(2.0)
@@ -328,6 +330,24 @@ def test_steering_moves_towards_the_target_within_bounds():
     for _ in range(20):
         after = steer(after, recall, 0.9, rule)
     assert after[1] == 8.0 and after[2] == 0.5
+
+
+def test_the_first_span_is_tried_on_its_last_tile(monkeypatch):
+    """A prompt of one span has nothing to follow: its budgets come from trials, and reach the target too."""
+
+    def best_blocks(view, budget, request):
+        count = budget.ceil().int()[:, None].expand(-1, len(view.tiles.starts))
+        return Selection(keep(block_scores.scores(view), view.tiles, count, by="count", sink=0, window=0))
+
+    monkeypatch.setitem(sparsity.RULES, "block_scores", Rule(best_blocks, 1.0, 1.0, 100.0, None))
+    q, k, v = draw(192 + 64)
+    densities = []
+    for target in (0.5, 0.7, 0.9):
+        state = prefill(q, k, v, settings(recall_target=target), [192 + 64])[1]
+        (record,) = state.records
+        assert record.recall.mean() > target - 0.1
+        densities.append(state.density())
+    assert densities[0] < densities[1] < densities[2] < 1
 
 
 def test_budgets_follow_recall_span_by_span():

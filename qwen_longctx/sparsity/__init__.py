@@ -17,11 +17,13 @@ from qwen_longctx.kernels.lists import compact
 from qwen_longctx.kernels.merge import fused_merge
 from qwen_longctx.positions import Segment
 from qwen_longctx.sparsity import block_scores, budgets, vertical_slash
-from qwen_longctx.sparsity.rule import Rule
+from qwen_longctx.sparsity.rule import Rule, steer
 from qwen_longctx.sparsity.state import Request, SpanRecord, SparseState
 from qwen_longctx.sparsity.view import Selection, SpanView
 
 RULES: dict[str, Rule] = {"block_scores": block_scores.RULE, "vertical_slash": vertical_slash.RULE}
+
+_TRIALS = 8  # of a first budget; each moves it by at most a factor of four up, or by a third down
 
 
 def request(settings: LongContextConfig, config: Any, state: SparseState) -> Request:
@@ -46,7 +48,7 @@ def request(settings: LongContextConfig, config: Any, state: SparseState) -> Req
 
 
 def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
-    """Attend from a span to the keys that the rule keeps, and record their recall.
+    """Attend from a span to the keys that the rule keeps, record their recall and steer the budgets by it.
 
     Parameters
     ----------
@@ -60,9 +62,29 @@ def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
     torch.Tensor
         Shape (batch, queries, heads, head_dim).
     """
+    budget = request.budget(view.layer)
+    if budget is None:
+        budget = _first_budget(view, v, request)
+    out, record = _attend(view, v, request, budget.to(view.k.device))
+    request.observe(record, budget)
+    return out
+
+
+def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
+    """Budgets for the first span of a layer: tried on its last tile alone until that recalls what it should."""
+    rule, target = request.rule, request.recall_target
+    budget = torch.full((view.heads,), rule.start, dtype=torch.float32, device=view.k.device)
+    if target is None:
+        return budget
+    last = view.last_tile()
+    for _ in range(_TRIALS):
+        budget = steer(budget, _attend(last, v, request, budget)[1].recall, target, rule)
+    return budget
+
+
+def _attend(view: SpanView, v: torch.Tensor, request: Request, budget: torch.Tensor) -> tuple[torch.Tensor, SpanRecord]:
     settings, tiles = request.settings, view.tiles
     name = kernels.list_kernel(settings.kernel, view.pieces[0].q, tiles.size)
-    budget = request.budget(view.layer, view.heads, view.k.device)
     selection = request.rule.select(view, budget, request)
     kept = selection.mask.sum()
     parts = []
@@ -81,8 +103,7 @@ def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
     rows = min(settings.last_q, out.shape[1])
     recall = torch.exp(lse[..., -rows:] - view.full_lse(rows)).mean(dim=-1)
     pairs = tiles.pairs * out.shape[0] * view.heads
-    request.observe(SpanRecord(view.layer, view.span.start, view.span.stop, name, recall, kept, pairs), budget)
-    return out
+    return out, SpanRecord(view.layer, view.span.start, view.span.stop, name, recall, kept, pairs)
 
 
 def _single_keys(selection: Selection, view: SpanView, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,13 +40,15 @@ def steer(budget: torch.Tensor, recall: torch.Tensor, target: float, rule: Rule)
 
     Parameters
     ----------
-    budget, recall : torch.Tensor
+    budget : torch.Tensor
         Shape (heads,), float32.
+    recall : torch.Tensor
+        Shape (batch, heads): rows share a head's budget.
     target : float
         Recall wanted, below 1.
     rule : Rule
     """
-    missed = (1 - recall).clamp(min=0)
+    missed = (1 - recall.mean(dim=0)).clamp(min=0).to(budget)
     factor = (missed / (1 - target)).sqrt().clamp(min=_SLOWEST, max=_FASTEST)
     return (budget * factor).clamp(min=rule.lowest, max=rule.highest)
 

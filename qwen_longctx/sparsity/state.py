@@ -12,7 +12,9 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.positions import Span
 from qwen_longctx.sparsity.budgets import HeadBudgets
 from qwen_longctx.sparsity.rule import Rule, steer
+from qwen_longctx.sparsity.tiles import pairs_of
 
+_DENSE_TILES = 2
 _TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
 
 
@@ -38,9 +40,21 @@ class Request:
     head_budgets: HeadBudgets | None
     state: SparseState
 
-    def takes(self, span: Span) -> bool:
-        """Whether a span is prefilled sparsely: at least a tile of queries, and keys from position 0 on."""
-        return span.stop - span.start >= self.settings.tile and span.segments[-1].key_start == 0
+    @property
+    def dense_end(self) -> int:
+        """Tokens at the end of a prompt, where the question stands, that attend to everything."""
+        return _DENSE_TILES * self.settings.tile
+
+    def takes(self, span: Span, dense_from: int) -> bool:
+        """Whether a span is prefilled sparsely: a tile or more, not the prompt's end, with keys from position 0 on."""
+        long = span.stop - span.start >= self.settings.tile
+        return long and span.start < dense_from and span.segments[-1].key_start == 0
+
+    def observe_dense(self, layer: int, span: Span, lists: int) -> None:
+        """Count a span that was prefilled densely, of so many rows times heads."""
+        if span.stop - span.start > 1:
+            pairs = pairs_of(span, self.settings.tile) * lists
+            self.state.dense_pairs[layer] = self.state.dense_pairs.get(layer, 0) + pairs
 
     @property
     def recall_target(self) -> float | None:
@@ -49,20 +63,17 @@ class Request:
             return None
         return self.settings.recall_target or self.rule.recall_target
 
-    def budget(self, layer: int, heads: int, device: torch.device) -> torch.Tensor:
-        """Budgets of a layer's heads for the next span, shape (heads,), float32."""
-        found = self.state.budgets.get((self.name, layer))
-        if found is None:
-            return torch.full((heads,), self.rule.start, dtype=torch.float32, device=device)
-        return found.to(device)
+    def budget(self, layer: int) -> torch.Tensor | None:
+        """Budgets of a layer's heads for the next span, shape (heads,), float32; None before the first."""
+        return self.state.budgets.get((self.name, layer))
 
     def observe(self, record: SpanRecord, budget: torch.Tensor) -> None:
         """Note what a span kept and recalled, and steer the layer's budgets by it."""
         self.state.records.append(record)
         target = self.recall_target
         if target is not None:
-            recall = record.recall.mean(dim=0).float()
-            self.state.budgets[self.name, record.layer] = steer(budget, recall, target, self.rule)
+            budget = steer(budget, record.recall, target, self.rule)
+        self.state.budgets[self.name, record.layer] = budget
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,8 @@ class SparseState:
     budgets : dict
         By rule and layer: budgets of the heads for the next span.
     records : list of SpanRecord
+    dense_pairs : dict
+        By layer: blocks seen by spans too short for sparse prefill or at the prompt's end, all of them kept.
     head_budgets : HeadBudgets, optional
         The checkpoint's, read once a sequence.
     """
@@ -106,6 +119,7 @@ class SparseState:
     def __init__(self) -> None:
         self.budgets: dict[tuple[str, int], torch.Tensor] = {}
         self.records: list[SpanRecord] = []
+        self.dense_pairs: dict[int, int] = {}
         self.head_budgets: HeadBudgets | None = None
         self._checked = 0
 
@@ -133,26 +147,31 @@ class SparseState:
                 )
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """Density and recall of every layer: means over spans, rows and heads, and the recall of the worst head."""
+        """Density of every layer, and its recall: the mean over sparse spans, rows and heads, and the worst head's."""
         records: dict[int, list[SpanRecord]] = defaultdict(list)
         for record in self.records:
             records[record.layer].append(record)
-        return [{"layer": layer, **_summary(records[layer])} for layer in sorted(records)]
+        return [{"layer": n, **_summary(records[n], self.dense_pairs.get(n, 0))} for n in sorted(records)]
 
     def density(self) -> float:
         """Blocks kept among blocks seen, over all layers; 1 if nothing was sparse."""
-        return _density(self.records)
+        return _density(self.records, sum(self.dense_pairs.values()))
 
 
-def _summary(records: list[SpanRecord]) -> dict[str, float]:
+def _summary(records: list[SpanRecord], dense_pairs: int) -> dict[str, float]:
     heads = torch.stack([record.recall.mean(dim=0) for record in records]).mean(dim=0)
-    return {"density": _density(records), "recall": float(heads.mean()), "lowest_recall": float(heads.min())}
+    return {
+        "density": _density(records, dense_pairs),
+        "recall": float(heads.mean()),
+        "lowest_recall": float(heads.min()),
+    }
 
 
-def _density(records: list[SpanRecord]) -> float:
+def _density(records: list[SpanRecord], dense_pairs: int) -> float:
     if not records:
         return 1.0
-    return sum(float(record.kept) for record in records) / sum(record.pairs for record in records)
+    kept = sum(float(record.kept) for record in records)
+    return (kept + dense_pairs) / (sum(record.pairs for record in records) + dense_pairs)
 
 
 def state_of(cache: Any) -> SparseState:

@@ -9,6 +9,12 @@ import torch
 from qwen_longctx.positions import Span
 
 
+def pairs_of(span: Span, size: int) -> int:
+    """Pairs of a tile of the span and a block of which its last query sees something."""
+    ends = range(span.start + size, span.stop + size, size)
+    return sum((min(end, span.stop) - 1) // size + 1 for end in ends)
+
+
 class Tiles(NamedTuple):
     """Tiles of `size` queries, the last may be shorter.
 
@@ -40,10 +46,8 @@ class Tiles(NamedTuple):
         """The tiles of one span."""
         starts = torch.arange(span.start, span.stop, size, dtype=torch.int32, device=device)
         stops = (starts + size).clamp(max=span.stop)
-        ends = range(span.start + size, span.stop + size, size)
-        pairs = sum((min(end, span.stop) - 1) // size + 1 for end in ends)
         blocks = (span.stop - 1) // size + 1
-        return cls(starts, stops, (starts + 1) // size, (stops - 1) // size + 1, size, blocks, pairs)
+        return cls(starts, stops, (starts + 1) // size, (stops - 1) // size + 1, size, blocks, pairs_of(span, size))
 
     def sees(self) -> torch.Tensor:
         """Bool of shape (tiles, blocks): the last query of the tile sees something of the block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -56,6 +56,13 @@ class SpanView:
     def heads(self) -> int:
         """Query heads."""
         return self.pieces[0].q.shape[2]
+
+    def last_tile(self) -> SpanView:
+        """The view of this span's last tile alone."""
+        span = self.span._replace(start=self.span.start + self.tiles.size * (len(self.tiles.starts) - 1))
+        rows = span.stop - span.start
+        pieces = tuple(Piece(segment, q[:, -rows:]) for segment, q in self.pieces)
+        return replace(self, span=span, tiles=Tiles.of(span, self.tiles.size, self.k.device), pieces=pieces)
 
     def keys(self, segment: Segment) -> torch.Tensor:
         """Keys of one segment."""
