@@ -91,18 +91,22 @@ def _attend_span(
     plan = call.plan
     start = group.queries.start + done
     tokens = slice(start, start + q.shape[1])
-    pieces = [Piece(s, rotate(q, plan.tables.queries[s.kind].rows(group.rows, tokens))) for s in span.segments]
+
+    def turned(kind: Kind) -> torch.Tensor:
+        return rotate(q, plan.tables.queries[kind].rows(group.rows, tokens))
+
     request = plan.sparse
     if request is not None and not request.takes(span, group.dense_from):
         request.observe_dense(call.layer, span, q.shape[0] * q.shape[2])
     elif request is not None:
+        pieces = tuple(Piece(segment, turned(segment.kind)) for segment in span.segments)
         tiles = Tiles.of(span, request.settings.tile, q.device)
-        return sparsity.attend(*_view(q, k, v, call, group, tiles, span, tuple(pieces)), request)
+        return sparsity.attend(*_view(q, k, v, call, group, tiles, span, pieces), request)
     kernel = kernels.get(plan.kernel)
     parts = []
-    for (kind, key_start, key_stop), turned in pieces:
+    for kind, key_start, key_stop in span.segments:
         mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]
-        parts.append(kernel(turned, *mine, causal=kind == "intra", scale=call.scale))
+        parts.append(kernel(turned(kind), *mine, causal=kind == "intra", scale=call.scale))
     return merge(parts)[0]
 
 

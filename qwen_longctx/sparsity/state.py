@@ -52,9 +52,8 @@ class Request:
 
     def observe_dense(self, layer: int, span: Span, lists: int) -> None:
         """Count a span that was prefilled densely, of so many rows times heads."""
-        if span.stop - span.start > 1:
-            pairs = pairs_of(span, self.settings.tile) * lists
-            self.state.dense_pairs[layer] = self.state.dense_pairs.get(layer, 0) + pairs
+        pairs = pairs_of(span, self.settings.tile) * lists
+        self.state.dense_pairs[layer] = self.state.dense_pairs.get(layer, 0) + pairs
 
     @property
     def recall_target(self) -> float | None:
