@@ -131,9 +131,7 @@ def _passkey(args: argparse.Namespace) -> None:
     for depth in args.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"--depths must lie between 0 and 1, got {depth}")
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
-    ).eval()
+    model = _load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     with nullcontext() if args.no_patch else patched_qwen(model):
         records = passkey.evaluate(model, tokenizer, args.lengths, args.depths, args.repeats, args.seed)
@@ -152,6 +150,13 @@ def _passkey(args: argparse.Namespace) -> None:
         print(f"written to {path}")
 
 
+def _load(args: argparse.Namespace) -> Any:
+    """The model of ``--model``, as ``--dtype`` and ``--device-map`` say."""
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
+    ).eval()
+
+
 def _quality(args: argparse.Namespace) -> None:
     config = AutoConfig.from_pretrained(args.model)
     variants = [quality.variant(text) for text in args.variants]
@@ -159,9 +164,7 @@ def _quality(args: argparse.Namespace) -> None:
         LongContextConfig.from_model_config(config, **one.overrides)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [corpus.source_code(tokenizer, length, args.package) for length in args.lengths]
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
-    ).eval()
+    model = _load(args)
     done: list[dict[str, Any]] = []
     about = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings, "package": args.package}
     about["texts"] = {str(ids.shape[1]): corpus.fingerprint(ids) for ids in texts}
@@ -184,9 +187,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     start = budgets.uniform(*shape) if source is None else budgets.load(source, *shape, args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = [corpus.source_code(tokenizer, length, args.package) for length in sorted(args.lengths)]
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map
-    ).eval()
+    model = _load(args)
     how = {"threshold": args.threshold, "step": args.step, "rounds": args.rounds}
     for one in calibrate.calibrate(model, texts, start, args.output, **how):
         print(
@@ -261,7 +262,7 @@ def _doctor(args: argparse.Namespace) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
         reasons = kernels.why_not(device, dtype, 128, 128)
-        chosen = next((kernel for kernel, reason in reasons.items() if not reason), "reference")
+        chosen = kernels.list_kernel("auto", torch.empty(1, 1, 1, 128, device=device, dtype=dtype), 128)
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
         print(f"{device} ({name}): sparse prefill runs on {chosen} ({passed_over or 'the fastest'})")
 

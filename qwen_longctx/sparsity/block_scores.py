@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
-
-
 SINK, WINDOW = 1, 1  # blocks kept always, beside those that a tile sees in part
 
 
