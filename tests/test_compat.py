@@ -200,17 +200,27 @@ def test_device_map_and_cpu_offload():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("devices", [(0, 1), ("cpu", 0), (0, "cpu")], ids=str)
 @torch.no_grad()
-def test_two_devices():
+def test_two_devices(devices):
+    """Layers on two devices, the cache of each where it runs: two CUDA devices, or one and the CPU."""
     accelerate = pytest.importorskip("accelerate")
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+    if torch.cuda.device_count() < sum(device != "cpu" for device in devices):
+        pytest.skip("needs more CUDA devices")
     model = tiny_model("qwen2", dtype=torch.float32)
     wanted = patch_qwen(copy.deepcopy(model))(prompt(170)).logits
-    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
-    mapped = accelerate.dispatch_model(model, {**device_map, "model.rotary_emb": 0})
+    first, second = devices
+    names = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first, "model.layers.1": second}
+    device_map = {**names, "model.norm": second, "lm_head": second}
+    # the CPU runs its layers itself where it is the main device; else accelerate would offload to it
+    mapped = accelerate.dispatch_model(model, device_map, main_device="cpu" if "cpu" in devices else 0)
     patch_qwen(mapped, prefill_chunk_size=CHUNK)
-    torch.testing.assert_close(mapped(prompt(170).to(0)).logits.cpu(), wanted, atol=1e-4, rtol=1e-4)
+    cache = LongContextCache(170)
+    found = mapped(prompt(170).to(first), past_key_values=cache).logits.cpu()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert [layer.keys.device for layer in cache.layers] == [
+        torch.device(d if d == "cpu" else f"cuda:{d}") for d in devices
+    ]
 
 
 @torch.no_grad()

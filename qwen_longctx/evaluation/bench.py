@@ -6,16 +6,20 @@ medians of interleaved repeats after a warm-up of every shape.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Semaphore
 from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
-from qwen_longctx import LongContextCache, LongContextConfig, kernels, patched_qwen, sparsity
+from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, sparsity
 from qwen_longctx.attention import attend
 from qwen_longctx.plan import RotarySource, make_plan
 from qwen_longctx.rotary import rotate
@@ -168,62 +172,88 @@ def _raw_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
 
-class TokenClock:
-    """A streamer that notes when the prompt and each new token reach the host."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by generate with tokens on the host."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by generate at the end."""
-
-
-@torch.no_grad()
 def stock(
-    lengths: list[int], device: torch.device, tiny: bool = False, repeats: int = 5, new_tokens: int = 64
+    lengths: list[int], device: torch.device, tiny: bool = False, rounds: int = 3, new_tokens: int = 48
 ) -> Iterator[dict[str, Any]]:
-    """Patched against stock transformers (SDPA) through plain generate, in turns.
+    """Patched against stock transformers (SDPA) through plain generate: seconds of the prefill, and of a decoded token.
 
-    Seconds from the prompt to the first token, and median seconds between tokens.
+    Two models of the same weights, one of them patched, generate at the same time and take turns token by token, so
+    that a noisy host hits both alike.
     """
     model = random_model(device, tiny)
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    models = {"stock": model, "patched": patch_qwen(copy.deepcopy(model, shared))}
     for length in lengths:
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-        seconds: dict[str, list[float]] = {f"{n}_{w}": [] for n in ("stock", "patched") for w in ("prefill", "decode")}
-        for repeat in range(repeats + 1):
-            for name in ("stock", "patched"):
-                with patched_qwen(model) if name == "patched" else nullcontext():
-                    prefill, decode = _first_and_next(model, ids, new_tokens)
-                if repeat:  # the first is a warm-up
-                    seconds[f"{name}_prefill"].append(prefill)
-                    seconds[f"{name}_decode"].append(decode)
+        seconds: dict[str, list[float]] = {f"{n}_{w}": [] for w in ("prefill", "decode") for n in models}
+        _in_turns(models, ids, 2)  # warm-up
+        for _ in range(rounds):
+            for name, (prefill, *decode) in _in_turns(models, ids, new_tokens).items():
+                seconds[f"{name}_prefill"].append(prefill)
+                seconds[f"{name}_decode"] += decode
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         yield {
             "tokens": length,
-            "new_tokens": new_tokens,
+            "new_tokens": rounds * new_tokens,
             **{f"{name}_seconds": round(value, 5) for name, value in medians.items()},
             "prefill_ratio": round(medians["patched_prefill"] / medians["stock_prefill"], 4),
             "decode_ratio": round(medians["patched_decode"] / medians["stock_decode"], 4),
-            "seconds": seconds,
+            "seconds": {name: [round(value, 5) for value in values] for name, values in seconds.items()},
         }
 
 
-def _first_and_next(model: Qwen2ForCausalLM, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    clock = TokenClock()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens + 1,
-        min_new_tokens=new_tokens + 1,
-        do_sample=False,
-        streamer=clock,
-    )
-    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    return gaps[0], statistics.median(gaps[1:])
+class Turn(BaseStreamer):
+    """A streamer that lets the other generate have a token after each of its own, and times its own.
+
+    Parameters
+    ----------
+    mine, other : threading.Semaphore
+        Released when it is this one's turn, and the other's.
+    """
+
+    def __init__(self, mine: Semaphore, other: Semaphore) -> None:
+        self.mine, self.other = mine, other
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate with the prompt, then with each token once it is on the host."""
+        if self._begin:
+            self.seconds.append(time.perf_counter() - self._begin)
+        self.other.release()
+        self.mine.acquire()
+        self._begin = time.perf_counter()
+
+    def end(self) -> None:
+        """Called by generate at the end; see `_in_turns`."""
+
+
+def _in_turns(models: dict[str, Qwen2ForCausalLM], ids: torch.Tensor, new_tokens: int) -> dict[str, list[float]]:
+    """Seconds to the first token and between tokens of two models that generate by turns."""
+    semaphores = Semaphore(0), Semaphore(0)
+    turns = dict(zip(models, (Turn(*semaphores), Turn(*semaphores[::-1])), strict=True))
+
+    def run(name: str) -> None:
+        turn = turns[name]
+        try:
+            turn.mine.acquire()
+            models[name].generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens + 1,
+                min_new_tokens=new_tokens + 1,
+                do_sample=False,
+                streamer=turn,
+            )
+        finally:
+            turn.other.release(2 + new_tokens)  # never waits again for this one, also when it failed
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(run, name) for name in models]
+        semaphores[0].release()
+        for one in running:
+            one.result()
+    return {name: turn.seconds for name, turn in turns.items()}
 
 
 @torch.no_grad()

@@ -26,8 +26,13 @@ def fa4(
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
+    # it wants both lists, of blocks that a mask function masks and of others: there is no mask function
     lists = BlockSparseTensorsTorch(
-        mask_block_cnt=blocks.counts, mask_block_idx=blocks.indices, block_size=(blocks.size, blocks.size)
+        mask_block_cnt=torch.zeros_like(blocks.counts),
+        mask_block_idx=blocks.indices,
+        full_block_cnt=blocks.counts,
+        full_block_idx=blocks.indices,
+        block_size=(blocks.size, blocks.size),
     )
     out, lse, *_ = flash_attn_func(
         q,

@@ -37,7 +37,8 @@ def flex(
 
 @lru_cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    # fullgraph: where it would compile too often it must fail, because uncompiled it ignores the lists
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMask:
