@@ -17,6 +17,7 @@ from qwen_longctx.patches.generation import generate
 from qwen_longctx.patches.method import patched_method
 from qwen_longctx.patches.mlp import mlp_forward
 from qwen_longctx.patches.model import model_forward
+from qwen_longctx.patches.norm import norm_forward
 
 SUPPORTED = "transformers >=4.57,<6"
 
@@ -35,6 +36,7 @@ _REQUEST = ("input_ids", *_STATE, "position_ids", "inputs_embeds", "use_cache", 
 REPLACEMENTS = (
     Replacement("Attention", "forward", attention_forward, ("hidden_states", "position_embeddings", *_STATE, "kwargs")),
     Replacement("MLP", "forward", mlp_forward, ("x",)),
+    Replacement("RMSNorm", "forward", norm_forward, ("hidden_states",)),
     Replacement("Model", "forward", model_forward, _REQUEST),
     Replacement("ForCausalLM", "forward", causal_lm_forward, (*_REQUEST, "labels", "logits_to_keep")),
     Replacement("ForCausalLM", "generate", generate, ("inputs", "generation_config", "kwargs")),

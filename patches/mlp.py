@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
+from qwen_longctx.kernels import fused
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size
@@ -19,5 +20,11 @@ def mlp_forward(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Ten
         return patched.stock(self, x)
     out = torch.empty_like(x)
     for part, target in zip(x.split(size, dim=-2), out.split(size, dim=-2), strict=True):
-        target.copy_(patched.stock(self, part))
+        target.copy_(_slice(patched, self, part))
     return out
+
+
+def _slice(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
+    if fused.pays(x) and self.config.hidden_act == "silu":
+        return self.down_proj(fused.silu_mul(self.gate_proj(x), self.up_proj(x)))
+    return patched.stock(self, x)

@@ -65,7 +65,7 @@ class LongContextConfig:
         Share of the dense attention that each head's budget is steered towards; None is the rule's own.
     density, mass, score_threshold : float, optional
         Block scores without steering: a fixed share of the blocks, of the scored mass, or a fixed fraction of a tile's
-        best score. One of the four at most.
+        best score. One of the four at most, but `density` can limit the other two.
 
     Raises
     ------
@@ -126,8 +126,11 @@ class LongContextConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 < value <= 1 or (name == "recall_target" and value == 1):
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: the budget of sparse prefill follows one of them")
+        if len(given) > 1 and ("recall_target" in given or "density" not in given):
+            raise ValueError(
+                f"{' and '.join(given)} are given: the budget of sparse prefill follows one of them, and density can "
+                "limit mass or score_threshold"
+            )
         if self.sparse == "vertical_slash" and given and "recall_target" not in given:
             raise ValueError(f"{next(iter(given))} is a setting of block_scores, sparse is 'vertical_slash'")
         if not isinstance(self.sparse_attention_config, (str, Path, list, Mapping, NoneType)):

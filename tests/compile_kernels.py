@@ -41,10 +41,16 @@ KERNELS = [
     *(
         (
             gpu._keep,
-            {"scores": "*fp32", "kept": "*u8", "whole": "*i32", "visible": "*i32", "amount": "*fp32"},
-            {"HOW": how, "BITS": 31, "WIDTH": 1024},
+            {"scores": "*fp32", "kept": "*u8", "whole": "*i32", "visible": "*i32", "amount": "*fp32", "most": "*i32"},
+            {"MASS": mass, "LIMITED": limited, "BITS": 31, "WIDTH": 1024},
         )
-        for how in range(3)
+        for mass in (False, True)
+        for limited in (False, True)
+    ),
+    (
+        gpu._rotate,
+        {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
+        {"HALF": 64, "DIM": 64, "ROWS": 32},
     ),
     (gpu._compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]

@@ -16,6 +16,7 @@ from qwen_longctx.kernels.lse import row_lse
 from qwen_longctx.kernels.merge import merge
 from qwen_longctx.kernels.scores import block_shares
 from qwen_longctx.positions import Span
+from qwen_longctx.rotary import Rotation, rotate, rotation
 from qwen_longctx.sparsity.keep import keep
 from qwen_longctx.sparsity.tiles import Tiles
 
@@ -24,7 +25,7 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for the CPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-KERNELS = ("compact", "keep", "row_lse", "block_shares", "columns", "merge")
+KERNELS = ("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge")
 HEADS = [(4, 2), (6, 1), (3, 3)]
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -56,23 +57,21 @@ def test_compact(device, shape):
     assert int(indices.min()) >= 0 and int(indices.max()) < shape[-1]
 
 
-@pytest.mark.parametrize("by", ["count", "mass", "threshold"])
+@pytest.mark.parametrize("by", ["mass", "threshold"])
+@pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("start", [0, 40, 41, 75, 40000])
-def test_keep(device, by, start):
+def test_keep(device, by, limited, start):
     tiles = Tiles.of(Span(start, start + 30, ()), 8, torch.device(device))
     scores = torch.rand(2, 3, len(tiles.starts), tiles.blocks, device=device) ** 4
     scores[0, 0, 0] = 0.0
     shape = (3, len(tiles.starts))
-    amounts = {
-        "count": torch.randint(0, 9, shape, dtype=torch.int32, device=device),
-        "mass": torch.rand(shape, device=device),
-        "threshold": torch.rand(shape, device=device),
-    }
-    amount = amounts[by]
-    amount[2] = {"count": 10_000, "mass": 1, "threshold": 0}[by]
-    found = gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, sink=1, window=1)
+    amount, most = torch.rand(shape, device=device), torch.randint(0, 9, shape, dtype=torch.int32, device=device)
+    amount[1:] = float(by == "mass")
+    most[2] = 10_000
+    limits = (most, most.cpu()) if limited else (None, None)
+    found = gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=limits[0], sink=1, window=1)
     on = Tiles(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in tiles))
-    wanted = keep(scores.cpu(), on, amount.cpu(), by=by, sink=1, window=1)
+    wanted = keep(scores.cpu(), on, amount.cpu(), by=by, most=limits[1], sink=1, window=1)
     assert torch.equal(found.cpu(), wanted)
     assert torch.equal(found[:, 2].cpu(), on.sees().expand(2, -1, -1))
 
@@ -108,6 +107,16 @@ def test_columns(device, dtype, count):
     close(out, wanted_out, 1e-5 if dtype == torch.float32 else 2e-2)
     close(lse, wanted_lse, 1e-5 if dtype == torch.float32 else 1e-3)
     assert not out[0, :32, 0].any() and bool((lse[0, 0, :32] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_rotate(device, rows, tokens):
+    """One table for all tokens or one a token, for all rows or each; queries as a view of a projection."""
+    x = draw(device, 2, 70, 3 * 24).unflatten(2, (3, 24))
+    inv_freq = 10000 ** -(torch.arange(0, 24, 2, device=device) / 24)
+    table = rotation(torch.randint(0, 500, (rows, tokens), device=device), inv_freq, 1.1, torch.float32)
+    close(gpu.rotate(x, *table), rotate(x.cpu(), Rotation(*(t.cpu() for t in table))))
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

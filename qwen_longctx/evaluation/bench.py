@@ -440,7 +440,7 @@ class Breakdown:
         self._wrap(vars(sparsity), "compact", "selection", sparsity.compact)
         for kernel, function in kernels._LIST_KERNELS.items():
             self._wrap(kernels._LIST_KERNELS, kernel, "attention", function)
-        self._wrap(vars(sparsity), "fused_merge", "merge", sparsity.fused_merge)
+        self._wrap(vars(sparsity), "merge", "merge", sparsity.merge)
         full = sparsity.SpanView.full_lse
         sparsity.SpanView.full_lse = self._clocked("recall", full)  # type: ignore[method-assign]
         self._undo.append(lambda: setattr(sparsity.SpanView, "full_lse", full))

@@ -24,5 +24,5 @@ def older_than(device: torch.device, capability: tuple[int, int]) -> str:
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """Whether `x` lies where a Triton kernel can run; elsewhere PyTorch does the same, slowly."""
-    return x.is_cuda and x.dtype != torch.float64 and has_triton()
+    """Whether `x` lies where a Triton kernel can run; elsewhere, and for gradients, PyTorch does the same, slowly."""
+    return x.is_cuda and x.dtype != torch.float64 and not x.requires_grad and has_triton()

@@ -1,4 +1,4 @@
-"""Triton kernels of sparse prefill. Each does what the PyTorch function of the same name does; see there.
+"""Triton kernels. Each does what the PyTorch function of the same name does; see there.
 
 Imported where Triton is installed only. Softmaxes run in base 2, and results are natural logs again.
 """
@@ -19,6 +19,7 @@ _LN2 = tl.constexpr(math.log(2.0))
 _KEYS_AT_A_TIME = 64
 _ROWS_AT_A_TIME = 64
 _MERGED_ROWS = 16
+_ROTATED_ROWS = 32
 _PROGRAMS_WANTED = 2048  # splits of long key ranges fill the device with at least so many programs
 _BITS = 31  # of a float32 that is not negative
 
@@ -71,6 +72,7 @@ def keep(
     amount: torch.Tensor,
     *,
     by: str,
+    most: torch.Tensor | None,
     sink: int,
     window: int,
 ) -> torch.Tensor:
@@ -78,20 +80,22 @@ def keep(
     batch, heads, tiles, blocks = scores.shape
     kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     amount = amount.to(torch.float32).expand(heads, tiles).contiguous()
+    limit = amount if most is None else most.to(torch.int32).expand(heads, tiles).contiguous()
     width = triton.next_power_of_2(blocks)
-    how = {"count": 0, "mass": 1, "threshold": 2}[by]
     _keep[(batch * heads * tiles,)](
         scores.contiguous(),
         kept,
         whole,
         visible,
         amount,
+        limit,
         heads * tiles,
         tiles,
         blocks,
         sink,
         window,
-        HOW=how,
+        MASS=by == "mass",
+        LIMITED=most is not None,
         BITS=_BITS,
         WIDTH=width,
         num_warps=min(16, max(1, width // 512)),
@@ -106,12 +110,14 @@ def _keep(
     whole,
     visible,
     amount,
+    most,
     lists,
     tiles,
     blocks,
     sink,
     window,
-    HOW: tl.constexpr,
+    MASS: tl.constexpr,
+    LIMITED: tl.constexpr,
     BITS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -124,27 +130,33 @@ def _keep(
     score = tl.load(scores + row * blocks + at, mask=(at < blocks) & (at < seen_whole), other=0.0).to(tl.float32)
     always = (at < seen) & ((at >= seen_whole) | (at < sink) | (at >= seen_whole - window))
     choice = tl.where(always, 0.0, score)
-    if HOW == 2:
-        lowest = tl.max(score, 0) * wanted
-        everything = wanted <= 0
-    else:
-        if HOW == 0:
-            missing = wanted - tl.sum(always.to(tl.float32), 0)
-            everything = wanted >= seen
-        else:
+    everything = wanted <= 0
+    lowest = tl.max(score, 0) * wanted
+    if MASS:
+        everything = wanted >= 1
+        lowest = tl.full([], 0.0, tl.float32)
+    if MASS or LIMITED:
+        enough = tl.full([], 0, tl.int1)
+        if MASS:
             missing = wanted * tl.sum(score, 0) - tl.sum(tl.where(always, score, 0.0), 0)
-            everything = wanted >= 1
-        # The largest value that still gathers what is missing, one bit of the float at a time
+            enough = missing <= 0
+        if LIMITED:
+            limit = tl.load(most + row % lists)
+            everything = everything & (limit >= seen)
+            room = limit - tl.sum(always.to(tl.int32), 0)
+            enough = enough | (room <= 0)
+        # The largest value that still gathers what is missing or fills the room, one bit of the float at a time
         bits = choice.to(tl.int32, bitcast=True)
         low = tl.full([], 0, tl.int32)
         for step in range(BITS):
             guess = low | (1 << (BITS - 1 - step))
-            if HOW == 0:
-                gathered = tl.sum((bits >= guess).to(tl.float32), 0)
-            else:
-                gathered = tl.sum(tl.where(bits >= guess, choice, 0.0), 0)
-            low = tl.where(gathered >= missing, guess, low)
-        lowest = tl.where(missing > 0, low.to(tl.float32, bitcast=True), float("inf"))
+            reached = tl.full([], 0, tl.int1)
+            if MASS:
+                reached = tl.sum(tl.where(bits >= guess, choice, 0.0), 0) >= missing
+            if LIMITED:
+                reached = reached | (tl.sum((bits >= guess).to(tl.int32), 0) >= room)
+            low = tl.where(reached, guess, low)
+        lowest = tl.maximum(lowest, tl.where(enough, float("inf"), low.to(tl.float32, bitcast=True)))
     chosen = (choice > 0) & (choice >= lowest)
     result = always | chosen | (at < tl.where(everything, seen_whole, 0))
     tl.store(kept + row * blocks + at, result.to(tl.uint8), mask=at < blocks)
@@ -332,7 +344,7 @@ def _block_shares(
     met = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
     share = tl.where(met, tl.exp2(tl.where(met, logits, 0.0)), 0.0)
     share = tl.sum(tl.reshape(share, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
-    share = tl.sum(tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK)), 1) / PER_TILE
+    share = tl.max(tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK)), 1)
     tile = part * (ROWS // PER_TILE) + tl.arange(0, ROWS // PER_TILE)
     block = column * (KEYS // PER_BLOCK) + tl.arange(0, KEYS // PER_BLOCK)
     place = (owner.to(tl.int64) * tiles + tile[:, None]) * blocks + block[None, :]
@@ -434,6 +446,54 @@ def _columns(
     tl.store(spot, result.to(out.dtype.element_ty), mask=inside)
     natural = tl.where(some_kept, (most + tl.log2(divisor)) * _LN2, -float("inf"))
     tl.store(lse + owner * queries + row, natural, mask=row < queries)
+
+
+@_on_its_device
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """See `rotary.rotate`."""
+    batch, tokens, heads, head_dim = x.shape
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=x.dtype, device=x.device)
+    table = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1) if cos.shape[1] > 1 else 0)
+    _rotate[(triton.cdiv(tokens, _ROTATED_ROWS), batch * heads)](
+        x,
+        cos,
+        sin,
+        out,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        *table,
+        tokens,
+        heads,
+        HALF=head_dim // 2,
+        DIM=triton.next_power_of_2(head_dim // 2),
+        ROWS=_ROTATED_ROWS,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, out,
+    x_batch, x_token, x_head, o_batch, o_token, o_head, t_batch, t_token,
+    tokens, heads,
+    HALF: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    owner = tl.program_id(1).to(tl.int64)
+    batch, head = owner // heads, owner % heads
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    dim = tl.arange(0, DIM)[None, :]
+    inside = (row < tokens) & (dim < HALF)
+    spot = x + batch * x_batch + row * x_token + head * x_head + dim
+    first = tl.load(spot, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(spot + HALF, mask=inside, other=0.0).to(tl.float32)
+    at = batch * t_batch + row * t_token + dim
+    # both halves of the cosines are alike, and the first half of the sines is that of the second, negated
+    c = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    spot = out + batch * o_batch + row * o_token + head * o_head + dim
+    tl.store(spot, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(spot + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
 @_on_its_device

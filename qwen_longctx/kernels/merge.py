@@ -8,7 +8,8 @@ import torch
 
 from qwen_longctx.kernels.device import uses_triton
 
-TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums
+MOST_FUSED = 4  # parts that the Triton kernel merges in one pass
+TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums elsewhere
 
 
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,20 +27,15 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     """
     if len(parts) == 1:
         return parts[0]
+    if len(parts) <= MOST_FUSED and uses_triton(parts[0][0]):
+        from qwen_longctx.kernels import gpu
+
+        return gpu.merge(parts)
     lses = torch.stack([lse for _, lse in parts])
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.clamp(min=torch.finfo(lse.dtype).min)).transpose(2, 3).unsqueeze(-1)
     slices = [_weighted(parts, weights, t) for t in range(0, lse.shape[-1], TOKENS_AT_A_TIME)]
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1), lse
-
-
-def fused_merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`merge` in one pass over the parts, where Triton runs."""
-    if 1 < len(parts) <= 4 and uses_triton(parts[0][0]):
-        from qwen_longctx.kernels import gpu
-
-        return gpu.merge(parts)
-    return merge(parts)
 
 
 def _weighted(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch.Tensor, start: int) -> torch.Tensor:

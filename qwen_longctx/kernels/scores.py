@@ -21,7 +21,7 @@ def block_shares(
     per_block: int,
     scale: float,
 ) -> torch.Tensor:
-    """Softmax shares of mean keys, summed by block and averaged over the rows of a tile.
+    """Softmax shares of mean keys, summed by block: the largest that any row of a tile gives it.
 
     Parameters
     ----------
@@ -56,5 +56,5 @@ def block_shares(
         logits = row_logits(q[:, some], means, limits[some], scale=scale)
         shares = torch.exp(logits - lse[:, :, some].clamp(min=floor)[..., None])
         shares = functional.pad(shares, (0, -means.shape[1] % per_block)).unflatten(3, (-1, per_block)).sum(dim=4)
-        parts.append(shares.unflatten(2, (-1, rows)).mean(dim=3))
+        parts.append(shares.unflatten(2, (-1, rows)).amax(dim=3))
     return torch.cat(parts, dim=2)

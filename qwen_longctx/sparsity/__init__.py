@@ -14,7 +14,7 @@ from qwen_longctx import kernels
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.kernels.columns import columns
 from qwen_longctx.kernels.lists import compact
-from qwen_longctx.kernels.merge import fused_merge
+from qwen_longctx.kernels.merge import merge
 from qwen_longctx.positions import Segment
 from qwen_longctx.sparsity import block_scores, budgets, vertical_slash
 from qwen_longctx.sparsity.rule import Rule, steer
@@ -99,7 +99,7 @@ def _attend(view: SpanView, v: torch.Tensor, request: Request, budget: torch.Ten
             k_at, v_at = (_gather(x, at, view.heads) for x in (view.keys(segment), values))
             parts.append(columns(q, k_at, v_at, keep, size=tiles.size, scale=view.scale))
             kept = kept + keep.sum() / tiles.size
-    out, lse = fused_merge(parts)
+    out, lse = merge(parts)
     rows = min(settings.last_q, out.shape[1])
     recall = torch.exp(lse[..., -rows:] - view.full_lse(rows)).mean(dim=-1)
     pairs = tiles.pairs * out.shape[0] * view.heads
