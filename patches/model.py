@@ -50,7 +50,7 @@ def model_forward(
     weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
     prompt_length = prompt_length or getattr(past_key_values, "prompt_length", 0)
     exact = keeps_graph or weights or inputs.shape[1] == 1
-    sparse = None if exact else _sparse(settings, self.config, past_key_values, max(prompt_length, grown))
+    sparse = None if exact else _sparse(settings, self, inputs.device, past_key_values, max(prompt_length, grown))
     plan = _plan(
         self,
         inputs,
@@ -81,16 +81,23 @@ def model_forward(
     return outputs
 
 
-def _sparse(settings: LongContextConfig, config: Any, cache: Any, length: int) -> Request | None:
+def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Request | None:
     """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
     if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
         return None
-    request = sparsity.request(settings, config, state_of(cache))
+    name = sparsity.rule_name(settings, device, model.dtype, _head_dim(model.config))
+    if name is None:
+        return None
+    request = sparsity.request(name, settings, model.config, state_of(cache), length)
     logger.warning_once(
-        f"Sparse prefill ({request.name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
+        f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
         'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
     )
     return request
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @torch.compiler.disable

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qwen_longctx import LongContextConfig, kernels, memory, patched_qwen, patches
+from qwen_longctx.config import SPARSE
 from qwen_longctx.evaluation import bench, corpus, passkey, plots, quality
 from qwen_longctx.evaluation.environment import environment, write_results
 from qwen_longctx.kernels.sdpa import engine
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--repeats", type=_whole, default=1, help="prompts for each length and depth")
     keys.add_argument("--seed", type=int, default=0)
     keys.add_argument("--no-patch", action="store_true", help="run the stock model")
+    keys.add_argument("--sparse", default="auto", choices=SPARSE, help="sparse prefill; off is exact")
     keys.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     keys.add_argument("--device-map", default="auto")
     keys.add_argument("--output", help="results file (JSON); lengths already in it are kept")
@@ -57,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("what", choices=["attention", "stock", "mlp", "headline", "speed"])
     measure.add_argument("--lengths", type=_whole, nargs="+", help="tokens")
     measure.add_argument("--density", type=float, help="speed: share of the blocks, instead of one by length")
-    measure.add_argument("--dense-layers", type=int, default=0, help="speed: project dense from so many layers")
+    measure.add_argument("--dense-layers", type=int, default=0, help="speed: project dense from so many layers, where")
+    measure.add_argument("--whole-up-to", type=int, default=131072, help="a prompt is longer than this; no stock there")
     measure.add_argument("--output", help="results file (JSON)")
     measure.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     measure.set_defaults(run=_bench)
@@ -127,13 +130,13 @@ def _demo(args: argparse.Namespace) -> None:
 def _passkey(args: argparse.Namespace) -> None:
     config = AutoConfig.from_pretrained(args.model)
     if not args.no_patch:
-        LongContextConfig.from_model_config(config)
+        LongContextConfig.from_model_config(config, sparse=args.sparse)
     for depth in args.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"--depths must lie between 0 and 1, got {depth}")
     model = _load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with nullcontext() if args.no_patch else patched_qwen(model):
+    with nullcontext() if args.no_patch else patched_qwen(model, sparse=args.sparse):
         records = passkey.evaluate(model, tokenizer, args.lengths, args.depths, args.repeats, args.seed)
     for tokens, share in passkey.accuracy(records).items():
         print(f"{tokens:>10,} tokens: {share:.0%} of {sum(r.length == tokens for r in records)} keys found")
@@ -143,6 +146,7 @@ def _passkey(args: argparse.Namespace) -> None:
             {
                 "model": Path(args.model).name,
                 "patched": not args.no_patch,
+                "sparse": None if args.no_patch else args.sparse,
                 "trained_length": config.max_position_embeddings,
                 "records": passkey.as_rows(records),
             },
@@ -212,7 +216,7 @@ def _bench(args: argparse.Namespace) -> None:
         rows = bench.mlp((args.lengths or [131072])[0], device, args.tiny)
     elif args.what == "speed":
         lengths = args.lengths or list(bench.DENSITIES)
-        rows = bench.speed(lengths, device, args.tiny, args.density, args.dense_layers)
+        rows = bench.speed(lengths, device, args.tiny, args.density, args.dense_layers, args.whole_up_to)
     else:
         rows = bench.headline((args.lengths or [1_000_000])[0], device, args.tiny)
     done = []
@@ -262,7 +266,7 @@ def _doctor(args: argparse.Namespace) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
         reasons = kernels.why_not(device, dtype, 128, 128)
-        chosen = kernels.list_kernel("auto", torch.empty(1, 1, 1, 128, device=device, dtype=dtype), 128)
+        chosen = kernels.list_kernel("auto", device, dtype, 128, 128)
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
         print(f"{device} ({name}): sparse prefill runs on {chosen} ({passed_over or 'the fastest'})")
 

@@ -50,8 +50,7 @@ class LongContextConfig:
         Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
         dense attention as "sdpa" does, which takes no block lists.
     sparse : {"off", "auto", "block_scores", "vertical_slash"}
-        How prefill chooses keys. "auto" is "vertical_slash" where the checkpoint brings budgets for it, else
-        "block_scores".
+        How prefill chooses keys. "auto" is "block_scores" where a fast kernel takes its lists, else dense.
     sparse_attention_threshold : int
         Prompts of more tokens are prefilled sparsely.
     last_q : int
@@ -82,7 +81,7 @@ class LongContextConfig:
     prefill_chunk_size: int = 32768
     mlp_chunk_size: int = 2048
     kernel: str = "auto"
-    sparse: str = "off"
+    sparse: str = "auto"
     sparse_attention_threshold: int = 32768
     last_q: int = 64
     block_size: int | None = None
@@ -138,11 +137,11 @@ class LongContextConfig:
                 "sparse_attention_config must be a file, its content or 'minference', "
                 f"got {self.sparse_attention_config!r:.80}"
             )
-        if self.sparse == "off":
+        if self.sparse in ("off", "auto"):
             return
         if self.kernel == "sdpa":
             raise ValueError(f"kernel='sdpa' takes no block lists, sparse is {self.sparse!r}: leave kernel at 'auto'")
-        if self.tile < 32 or self.tile & (self.tile - 1) or self.stride % self.tile:
+        if not self.tile_fits:
             raise ValueError(
                 f"sparse prefill needs blocks of a power of 2 from 32 on that divides chunk_size - local_size "
                 f"({self.stride}), got {self.tile}: change block_size or local_size, or set sparse='off'"
@@ -157,6 +156,11 @@ class LongContextConfig:
     def tile(self) -> int:
         """Tokens a query tile and a key block of sparse prefill."""
         return self.block_size or min(_LARGEST_BLOCK, self.stride & -self.stride)
+
+    @property
+    def tile_fits(self) -> bool:
+        """Whether sparse prefill can work in such tiles: a power of 2 from 32 on that divides the stride."""
+        return self.tile >= 32 and self.tile & (self.tile - 1) == 0 and self.stride % self.tile == 0
 
     @property
     def stride(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,9 +68,9 @@ def prefill(
     """Attend in chunks that end at `cuts`; returns outputs, state and what was selected."""
     model = PretrainedConfig(num_hidden_layers=layers, num_attention_heads=q.shape[2])
     state = state or SparseState()
-    wanted = sparsity.request(config, model, state)
+    wanted = sparsity.request(config.sparse, config, model, state, q.shape[1])
     spy = Spy(wanted.rule)
-    request = sparsity.Request(wanted.name, wanted.rule._replace(select=spy.select), config, wanted.head_budgets, state)
+    request = replace(wanted, rule=wanted.rule._replace(select=spy.select))
     turned = torch.empty_like(k)
     outs = []
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):

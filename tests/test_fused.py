@@ -20,9 +20,11 @@ def test_nothing_is_fused_without_cuda():
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_fused_model_is_the_stock_one(family, dtype, monkeypatch):
     pytest.importorskip("liger_kernel")
-    model = tiny_model(family, dtype, max_position_embeddings=1024, dual_chunk_attention_config=None).cuda()
+    shape = {"max_position_embeddings": 1024, "dual_chunk_attention_config": None}
+    exact, model = (tiny_model(family, d, **shape).cuda() for d in (torch.float64, dtype))
+    exact.load_state_dict(model.state_dict())
     ids = torch.randint(1, 97, (1, 600), device="cuda")
-    wanted = model(ids).logits
+    wanted, stock = exact(ids).logits, model(ids).logits
     used = []
     for name in ("rms_norm", "silu_mul"):
         function = getattr(fused, name)
@@ -30,6 +32,5 @@ def test_fused_model_is_the_stock_one(family, dtype, monkeypatch):
     monkeypatch.setattr(fused, "_FEWEST", 1)
     with patched_qwen(model, mlp_chunk_size=256):
         found = model(ids).logits
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    assert (found - wanted).norm() <= 1.5 * (stock - wanted).norm()
     assert set(used) == {"rms_norm", "silu_mul"}

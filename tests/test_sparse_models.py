@@ -61,8 +61,8 @@ def test_short_prompts_stay_exact():
     assert cache.report()["layers"] == [] and cache.report()["density"] == 1.0
 
 
-def test_off_is_the_default():
-    assert LongContextConfig(256, 64, 256).sparse == "off"
+def test_auto_is_the_default():
+    assert LongContextConfig(256, 64, 256).sparse == "auto"
 
 
 @pytest.mark.parametrize("rule", [{"density": 0.3}, {"sparse": "vertical_slash", "sparse_attention_config": SMALL}])
@@ -210,24 +210,40 @@ def test_broken_activations_stop_the_run():
         logits(model, prompt(500))
 
 
-def test_auto_takes_the_budgets_of_the_checkpoint(tmp_path):
+def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
     model, ids = long_model(), prompt(500)
-    with patched_qwen(model, **{**ON, "sparse": "auto"}):
-        cache = LongContextCache()
-        logits(model, ids, cache)
-    assert {rule for rule, _ in cache.sparse_state.budgets} == {"block_scores"}
     (tmp_path / budgets.FILE_NAME).write_text(json.dumps(SMALL))
     model.config.name_or_path = str(tmp_path)
-    with patched_qwen(model, **{**ON, "sparse": "auto"}):
+    with patched_qwen(model, **{**ON, "sparse": "vertical_slash"}):
         cache = LongContextCache()
         logits(model, ids, cache)
     assert cache.sparse_state.head_budgets.verticals == [[40] * 4] * 2
     assert cache.report()["density"] < 1
     model.config.dual_chunk_attention_config["sparse_attention_config"] = [{}, {}]
-    with patched_qwen(model, **{**ON, "sparse": "auto"}):
+    with patched_qwen(model, **{**ON, "sparse": "vertical_slash"}):
         cache = LongContextCache()
         logits(model, ids, cache)
     assert cache.sparse_state.head_budgets.verticals == [[1000] * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse"),
+    [
+        ({"kernel": "reference"}, True),
+        ({}, False),  # nothing fast here
+        ({"kernel": "sdpa"}, False),
+        ({"kernel": "reference", "block_size": 24}, False),  # does not fit the stride
+        ({"kernel": "reference", "sparse": "off"}, False),
+    ],
+)
+def test_auto_is_sparse_where_it_can_be_fast(settings, sparse, monkeypatch):
+    monkeypatch.setattr(kernels, "why_not", lambda *kind: {"fa4": "is not here", "flex": "neither"})
+    on = {name: value for name, value in ON.items() if name != "sparse"}
+    cache = LongContextCache()
+    with patched_qwen(model := long_model(), **{**on, **settings}):
+        logits(model, prompt(500), cache)
+    assert bool(cache.sparse_state.records) == sparse
+    assert {rule for rule, _ in cache.sparse_state.budgets} == ({"block_scores"} if sparse else set())
 
 
 # --- files of budgets ---------------------------------------------------------------------------------------------
@@ -295,13 +311,14 @@ BAD_SETTINGS = [
     ({"recall_target": 1.0}, ValueError, "recall_target must lie between 0 and 1, got 1.0"),
     ({"density": 0.0}, ValueError, "density must lie between 0 and 1, got 0.0"),
     ({"mass": "all"}, TypeError, "mass must be a number, got 'all'"),
-    ({"density": 0.1, "mass": 0.9}, ValueError, "density and mass are given"),
+    ({"score_threshold": 0.1, "mass": 0.9}, ValueError, "mass and score_threshold are given"),
+    ({"density": 0.1, "recall_target": 0.9}, ValueError, "recall_target and density are given"),
     ({"sparse": "vertical_slash", "density": 0.1}, ValueError, "density is a setting of block_scores"),
     ({"sparse_attention_config": 5}, TypeError, "sparse_attention_config must be a file"),
-    ({"sparse": "auto", "kernel": "sdpa"}, ValueError, "kernel='sdpa' takes no block lists"),
-    ({"sparse": "auto", "block_size": 24}, ValueError, r"divides chunk_size - local_size \(192\), got 24"),
-    ({"sparse": "auto", "block_size": 128}, ValueError, r"divides chunk_size - local_size \(192\), got 128"),
-    ({"sparse": "auto", "local_size": 63}, ValueError, r"\(193\), got 1: change block_size or local_size"),
+    ({"sparse": "block_scores", "kernel": "sdpa"}, ValueError, "kernel='sdpa' takes no block lists"),
+    ({"sparse": "block_scores", "block_size": 24}, ValueError, r"divides chunk_size - local_size \(192\), got 24"),
+    ({"sparse": "block_scores", "block_size": 128}, ValueError, r"divides chunk_size - local_size \(192\), got 128"),
+    ({"sparse": "block_scores", "local_size": 63}, ValueError, r"\(193\), got 1: change block_size or local_size"),
     ({"block_size": 1.5}, TypeError, "block_size must be a whole number of tokens, got 1.5"),
     ({"last_q": 0}, ValueError, "last_q must be at least 1 token, got 0"),
     ({"sparse_attention_threshold": -1}, ValueError, "sparse_attention_threshold must be at least 1 token, got -1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -164,12 +166,12 @@ def test_kernel_on_lists(name, device, causal, shape):
 
 
 def test_the_list_kernel_of_a_device():
-    q = torch.empty(1, 4, 2, 64)
-    assert kernels.list_kernel("auto", q, 128) == "reference"
+    kind = CPU, torch.float32, 64
+    assert kernels.list_kernel("auto", *kind, 128) == "reference"
     with pytest.raises(ValueError, match='kernel="fa4" needs a CUDA device'):
-        kernels.list_kernel("fa4", q, 128)
+        kernels.list_kernel("fa4", *kind, 128)
     with pytest.raises(ValueError, match='kernel="flex" needs a CUDA device'):
-        kernels.list_kernel("flex", q, 128)
+        kernels.list_kernel("flex", *kind, 128)
 
 
 # --- attention over what is kept ----------------------------------------------------------------------------------
@@ -255,6 +257,25 @@ def test_block_scores_are_the_best_shares_of_pooled_queries_on_mean_keys(cuts):
             share = pooled.softmax(-1).unflatten(2, (-1, 4)).sum(3).amax(1)
             torch.testing.assert_close(found[0, :, tile, :whole], share, atol=1e-9, rtol=1e-9)
             assert not found[0, :, tile, whole:].any()
+
+
+@pytest.mark.parametrize("trained", [300, 900])
+def test_default_keeps_by_a_threshold_and_by_a_limit_beyond_the_trained_length(trained):
+    q, k, v = draw(640)
+    config = settings(original_max_position_embeddings=trained, recall_target=0.01)  # which no head misses
+    _, _, spy = prefill(q, k, v, config, [256, 640])
+    limited = 0
+    for view, selection in spy.seen:
+        scores = block_scores.scores(view)
+        for tile, seen in enumerate(view.tiles.visible.tolist()):
+            limit = math.ceil(1.1 * seen**0.5) if trained == 300 else 1000
+            ends = int(view.tiles.starts[tile]), int(view.tiles.stops[tile])
+            for head in range(4):
+                values = scores[0, head, tile].tolist(), *ends, 32, 0.02, "threshold"
+                wanted = keep_by_hand(*values, limit, 1, 1)
+                assert set(selection.mask[0, head, tile].nonzero()[:, 0].tolist()) == wanted
+                limited += wanted != keep_by_hand(*values, 1000, 1, 1)
+    assert bool(limited) == (trained == 300)
 
 
 def best(values, count):

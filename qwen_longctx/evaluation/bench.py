@@ -173,33 +173,37 @@ def _raw_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
 
 
 def stock(
-    lengths: list[int], device: torch.device, tiny: bool = False, rounds: int = 3, new_tokens: int = 48
+    lengths: list[int], device: torch.device, tiny: bool = False, rounds: int = 3, new_tokens: int = 32
 ) -> Iterator[dict[str, Any]]:
     """Patched against stock transformers (SDPA) through plain generate: seconds of the prefill, and of a decoded token.
 
     Two models of the same weights, one of them patched, generate at the same time and take turns token by token, so
-    that a noisy host hits both alike.
+    that a noisy host hits both alike. Stock attention may plan anew for every length that it has not met, as cuDNN
+    does: "decode" are the tokens of the first round, as a user meets them, "decode_again" those of later rounds.
     """
     model = random_model(device, tiny)
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     models = {"stock": model, "patched": patch_qwen(copy.deepcopy(model, shared))}
-    for length in lengths:
-        ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-        seconds: dict[str, list[float]] = {f"{n}_{w}": [] for w in ("prefill", "decode") for n in models}
-        _in_turns(models, ids, 2)  # warm-up
-        for _ in range(rounds):
-            for name, (prefill, *decode) in _in_turns(models, ids, new_tokens).items():
-                seconds[f"{name}_prefill"].append(prefill)
-                seconds[f"{name}_decode"] += decode
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        yield {
-            "tokens": length,
-            "new_tokens": rounds * new_tokens,
-            **{f"{name}_seconds": round(value, 5) for name, value in medians.items()},
-            "prefill_ratio": round(medians["patched_prefill"] / medians["stock_prefill"], 4),
-            "decode_ratio": round(medians["patched_decode"] / medians["stock_decode"], 4),
-            "seconds": {name: [round(value, 5) for value in values] for name, values in seconds.items()},
-        }
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:  # plans are kept by thread
+        threads = dict(zip(models, (one, two), strict=True))
+        for length in lengths:
+            ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+            parts = ("prefill", "decode", "decode_again")
+            seconds: dict[str, list[float]] = {f"{name}_{part}": [] for part in parts for name in models}
+            _in_turns(models, threads, ids, 1)  # warm-up
+            for number in range(rounds):
+                for name, (prefill, _, *decode) in _in_turns(models, threads, ids, new_tokens).items():
+                    seconds[f"{name}_prefill"].append(prefill)
+                    seconds[f"{name}_decode_again" if number else f"{name}_decode"] += decode
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            ratios = {f"{part}_ratio": medians[f"patched_{part}"] / medians[f"stock_{part}"] for part in parts}
+            yield {
+                "tokens": length,
+                "new_tokens": new_tokens,
+                **{f"{name}_seconds": round(value, 5) for name, value in medians.items()},
+                **{name: round(value, 4) for name, value in ratios.items()},
+                "seconds": {name: [round(value, 5) for value in values] for name, values in seconds.items()},
+            }
 
 
 class Turn(BaseStreamer):
@@ -228,7 +232,9 @@ class Turn(BaseStreamer):
         """Called by generate at the end; see `_in_turns`."""
 
 
-def _in_turns(models: dict[str, Qwen2ForCausalLM], ids: torch.Tensor, new_tokens: int) -> dict[str, list[float]]:
+def _in_turns(
+    models: dict[str, Qwen2ForCausalLM], threads: dict[str, ThreadPoolExecutor], ids: torch.Tensor, new_tokens: int
+) -> dict[str, list[float]]:
     """Seconds to the first token and between tokens of two models that generate by turns."""
     semaphores = Semaphore(0), Semaphore(0)
     turns = dict(zip(models, (Turn(*semaphores), Turn(*semaphores[::-1])), strict=True))
@@ -248,11 +254,10 @@ def _in_turns(models: dict[str, Qwen2ForCausalLM], ids: torch.Tensor, new_tokens
         finally:
             turn.other.release(2 + new_tokens)  # never waits again for this one, also when it failed
 
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(run, name) for name in models]
-        semaphores[0].release()
-        for one in running:
-            one.result()
+    running = [threads[name].submit(run, name) for name in models]
+    semaphores[0].release()
+    for one in running:
+        one.result()
     return {name: turn.seconds for name, turn in turns.items()}
 
 
@@ -308,7 +313,7 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    with patched_qwen(model):
+    with patched_qwen(model, sparse="off"):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -337,7 +342,8 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     ]
 
 
-DENSITIES = {32768: 0.12, 65536: 0.08, 131072: 0.045, 262144: 0.03, 524288: 0.02, 1_000_000: 0.02}
+DENSITIES = {32768: 0.23, 65536: 0.08, 131072: 0.045, 262144: 0.03, 524288: 0.02, 1_000_000: 0.02}
+DENSE = {"sparse": "off"}
 
 
 @torch.no_grad()
@@ -347,12 +353,12 @@ def speed(
     tiny: bool = False,
     density: float | None = None,
     dense_layers: int = 0,
-    stock_up_to: int = 131072,
+    whole_up_to: int = 131072,
 ) -> Iterator[dict[str, Any]]:
     """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
 
-    Random weights attend evenly, so sparse runs block scores at a fixed density; that does the work of a run steered to
-    that density. The breakdown comes from a second sparse run under events, which wait for nothing.
+    Random weights attend evenly, so sparse runs block scores at a fixed density: the work of a run steered to that
+    density, but for the trials of first budgets. The breakdown is of the same run, by events that wait for nothing.
 
     Parameters
     ----------
@@ -363,33 +369,45 @@ def speed(
     density : float, optional
         Share of the blocks; by default one for each length (`DENSITIES`, of the nearest length).
     dense_layers : int
-        Project dense from two models of this many and twice as many layers, run at full length; 0 runs it whole.
-    stock_up_to : int
-        Longest prompt for stock transformers, whose cache copies itself.
+        Project dense of longer prompts from two models of this many and twice as many layers, run at full length; 0
+        runs it whole.
+    whole_up_to : int
+        Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     """
     model = random_model(device, tiny)
+    _compile_kernels(model, device)
     for length in lengths:
         share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
         sparse = {"sparse": "block_scores", "density": share, "sparse_attention_threshold": min(length - 1, 32767)}
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         row: dict[str, Any] = {"tokens": length, "density_asked": share}
-        _first_token(model, ids[:, : min(length, 2 * LongContextConfig.prefill_chunk_size)], sparse, device)  # warm-up
-        row["sparse_seconds"], cache = _first_token(model, ids, sparse, device)
+        with Breakdown(model, device) as clock:
+            row["sparse_seconds"], cache = _first_token(model, ids, sparse, device)
         row["density"] = round(cache.report()["density"], 5)
         row["list_kernel"] = cache.sparse_state.records[-1].kernel
-        del cache
-        with Breakdown(model, device) as clock:
-            clocked = _first_token(model, ids, sparse, device)[0]  # its cache must be gone before the next run
-        row["sparse_breakdown_seconds"] = clock.seconds(clocked)
-        if dense_layers:
+        row["sparse_breakdown_seconds"] = clock.seconds(row["sparse_seconds"])
+        if device.type == "cuda":
+            row["sparse_peak_allocated_bytes"] = cache.report()["peak_memory_bytes"]
+        del cache  # must be gone before the next run
+        if dense_layers and length > whole_up_to:
             row["dense_seconds"] = _projected(ids, device, tiny, dense_layers, model.config.num_hidden_layers)
             row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
         else:
-            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, {}, device)[0], "run whole"
-        if length <= stock_up_to:
+            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, DENSE, device)[0], "run whole"
+        if length <= whole_up_to:
             row["stock_seconds"] = _first_token(model, ids, None, device)[0]
         row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
+        row["selection_share"] = round(row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"], 4)
         yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _compile_kernels(model: Qwen2ForCausalLM, device: torch.device) -> None:
+    """Run every kernel once, on a short prompt of several small chunks: kernels are compiled once a process."""
+    ids = torch.ones(1, 8192, dtype=torch.long, device=device)
+    small = {"chunk_size": 4096, "local_size": 1024, "prefill_chunk_size": 4096}
+    for how in ({"sparse": "block_scores", "density": 0.5, "sparse_attention_threshold": 4096}, DENSE):
+        _first_token(model, ids, {**small, **how}, device)
+    _first_token(model, ids, None, device)
 
 
 def _first_token(
@@ -412,8 +430,8 @@ def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int,
     times = []
     for count in (layers, 2 * layers):
         model = random_model(device, tiny, layers=count)
-        _first_token(model, ids[:, : LongContextConfig.prefill_chunk_size], {}, device)
-        times.append(_first_token(model, ids, {}, device)[0])
+        _first_token(model, ids[:, : LongContextConfig.prefill_chunk_size], DENSE, device)
+        times.append(_first_token(model, ids, DENSE, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers
 

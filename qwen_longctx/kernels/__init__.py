@@ -59,15 +59,15 @@ def get(name: str) -> Kernel:
     return reference if name == "reference" else sdpa
 
 
-def list_kernel(name: str, q: torch.Tensor, size: int) -> str:
-    """Name of the kernel that takes block lists for queries like `q`; "auto" is the fastest that runs there.
+def list_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
+    """Name of the kernel that takes block lists for queries of this kind; "auto" is the fastest that runs there.
 
     Parameters
     ----------
     name : str
         Of the setting.
-    q : torch.Tensor
-        Shape (batch, queries, heads, head_dim).
+    device, dtype, head_dim
+        Of the queries.
     size : int
         Tokens a block.
 
@@ -76,7 +76,7 @@ def list_kernel(name: str, q: torch.Tensor, size: int) -> str:
     ValueError
         The kernel asked for does not run here.
     """
-    reasons = why_not(q.device, q.dtype, q.shape[-1], size)
+    reasons = why_not(device, dtype, head_dim, size)
     if name == "auto":
         return next((found for found, reason in reasons.items() if not reason), "reference")
     if reasons.get(name):

@@ -26,25 +26,36 @@ RULES: dict[str, Rule] = {"block_scores": block_scores.RULE, "vertical_slash": v
 _TRIALS = 8  # of a first budget; each moves it by at most a factor of four up, or by a third down
 
 
-def request(settings: LongContextConfig, config: Any, state: SparseState) -> Request:
-    """What `settings` ask for on a model of this transformers config.
+def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The rule that `settings` ask for on activations of this kind; None is dense.
+
+    "auto" is block scores where a fast kernel takes their lists, else dense: it gives way, and never fails.
+    """
+    if settings.sparse != "auto":
+        return None if settings.sparse == "off" else settings.sparse
+    if settings.kernel == "sdpa" or not settings.tile_fits:
+        return None
+    if settings.kernel == "auto" and kernels.list_kernel("auto", device, dtype, head_dim, settings.tile) == "reference":
+        return None
+    return "block_scores"
+
+
+def request(name: str, settings: LongContextConfig, config: Any, state: SparseState, length: int) -> Request:
+    """What a rule is asked for on a model of this transformers config, for a prompt of `length` tokens.
 
     Raises
     ------
     FileNotFoundError, ValueError
         The budgets of vertical-slash cannot be read.
     """
-    source = settings.sparse_attention_config or budgets.beside_checkpoint(config.name_or_path)
-    name = settings.sparse
-    if name == "auto":
-        name = "block_scores" if source is None or settings.fixed_share is not None else "vertical_slash"
     if name == "vertical_slash" and state.head_budgets is None:
+        source = settings.sparse_attention_config or budgets.beside_checkpoint(config.name_or_path)
         shape = config.num_hidden_layers, config.num_attention_heads
         if source is None:
             state.head_budgets = budgets.uniform(*shape)
         else:
             state.head_budgets = budgets.load(source, *shape, config.name_or_path)
-    return Request(name, RULES[name], settings, state.head_budgets, state)
+    return Request(name, RULES[name], settings, state.head_budgets, state, length)
 
 
 def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
@@ -84,7 +95,8 @@ def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Te
 
 def _attend(view: SpanView, v: torch.Tensor, request: Request, budget: torch.Tensor) -> tuple[torch.Tensor, SpanRecord]:
     settings, tiles = request.settings, view.tiles
-    name = kernels.list_kernel(settings.kernel, view.pieces[0].q, tiles.size)
+    q = view.pieces[0].q
+    name = kernels.list_kernel(settings.kernel, q.device, q.dtype, q.shape[-1], tiles.size)
     selection = request.rule.select(view, budget, request)
     kept = selection.mask.sum()
     parts = []

@@ -25,27 +25,28 @@ if TYPE_CHECKING:
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
 SINK, WINDOW = 1, 1  # blocks kept always, beside those that a tile sees in part
+THRESHOLD = 0.02  # of a tile's best score, at a budget of 1
+LIMIT = 1.1  # blocks for each square root of the blocks seen, at a budget of 1, beyond the trained length
 
 
 def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
-    """Keep blocks that score at least ``1 / budget`` of a tile's best, or the settings' fixed share, mass or threshold.
+    """Keep the blocks that score at least some fraction of a tile's best, ``THRESHOLD / budget``.
 
-    The threshold gives every tile of a head the number of blocks it needs: on Qwen2.5-0.5B at 5 to 12 % of the blocks
-    it left less error in a layer's output than one count or one mass for all heads.
+    Such a threshold gives every tile the number of blocks it needs. Beyond the trained length, where diffuse heads
+    would take far more than they are worth, a tile of n blocks keeps at most ``LIMIT * budget * sqrt(n)``. With a
+    density, mass or threshold in the settings, that instead of both.
     """
-    shape = (view.heads, len(view.tiles.starts))
-    settings = request.settings
-    most = None
-    if settings.density is not None:
-        most = (view.tiles.visible * settings.density).ceil().to(torch.int32).expand(shape)
+    settings, visible = request.settings, view.tiles.visible
+    shape = (view.heads, len(visible))
     by: By = "threshold" if settings.mass is None else "mass"
-    if settings.mass is not None:
-        amount = torch.full(shape, settings.mass, device=budget.device)
-    elif settings.fixed_share is not None:
-        amount = torch.full(shape, settings.score_threshold or 0.0, device=budget.device)
+    if settings.fixed_share is None:
+        amount = (THRESHOLD / budget)[:, None].expand(shape)
+        most = LIMIT * budget[:, None] * visible.sqrt() if request.beyond_trained else None
     else:
-        amount = (1 / budget)[:, None].expand(shape)
-    return Selection(keep(scores(view), view.tiles, amount, by=by, most=most, sink=SINK, window=WINDOW))
+        amount = torch.full(shape, settings.mass or settings.score_threshold or 0.0, device=budget.device)
+        most = None if settings.density is None else (visible * settings.density).expand(shape)
+    limit = None if most is None else most.ceil().to(torch.int32)
+    return Selection(keep(scores(view), view.tiles, amount, by=by, most=limit, sink=SINK, window=WINDOW))
 
 
 def scores(view: SpanView) -> torch.Tensor:
@@ -81,4 +82,4 @@ def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     return q.unflatten(1, (-1, tiles.size // POOLED_ROWS)).mean(dim=2)
 
 
-RULE = Rule(select, start=20.0, lowest=20.0, highest=400.0, recall_target=0.8)
+RULE = Rule(select, start=1.0, lowest=1.0, highest=8.0, recall_target=0.5)

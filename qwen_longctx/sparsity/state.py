@@ -32,6 +32,8 @@ class Request:
         Budgets of the checkpoint, for vertical-slash.
     state : SparseState
         Of the sequence.
+    length : int
+        Of the whole prompt, in tokens.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Request:
     settings: LongContextConfig
     head_budgets: HeadBudgets | None
     state: SparseState
+    length: int
+
+    @property
+    def beyond_trained(self) -> bool:
+        """Whether the prompt is longer than the model was trained to attend."""
+        return self.length > self.settings.original_max_position_embeddings
 
     @property
     def dense_end(self) -> int:
