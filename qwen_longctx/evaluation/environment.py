@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4", "tokenizers")
+_PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4", "liger-kernel", "tokenizers")
 
 
 def environment() -> dict[str, Any]:
