@@ -1,8 +1,9 @@
-"""The command ``qwen-longctx``: demo, passkey, quality, calibrate, bench, plan, doctor."""
+"""The command ``qwen-longctx``: demo, passkey, quality, plot, calibrate, bench, plan, doctor."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -75,8 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     judge.add_argument("--device-map", default="auto")
     judge.add_argument("--output", help="results file (JSON), written after every row")
-    judge.add_argument("--plot", help="picture of likelihood and agreement against density")
     judge.set_defaults(run=_quality)
+
+    picture = commands.add_parser("plot", help="picture of results of quality, or of bench speed")
+    picture.add_argument("results", nargs="+", help="results files of one kind")
+    picture.add_argument("--output", required=True, help="picture to write")
+    picture.set_defaults(run=_plot)
 
     refine = commands.add_parser("calibrate", help="raise vertical-slash budgets of heads that recall too little")
     refine.add_argument("--model", required=True, help="folder or hub name of the checkpoint")
@@ -179,8 +184,16 @@ def _quality(args: argparse.Namespace) -> None:
             done.append(row)
             if args.output:
                 write_results(args.output, {**about, "rows": done})
-    if args.plot:
-        plots.quality_by_density(done).savefig(args.plot, dpi=150)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    rows = [row for path in args.results for row in json.loads(Path(path).read_text()).get("rows", [])]
+    for drawing, key in ((plots.quality_by_density, "variant"), (plots.time_by_length, "sparse_seconds")):
+        if rows and all(key in row for row in rows):
+            drawing(rows).savefig(args.output, dpi=100)
+            print(f"written to {args.output}")
+            return
+    raise ValueError(f"{', '.join(args.results)}: give files of quality, or of bench speed, not of both or others")
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -61,10 +61,11 @@ class LongContextConfig:
     sparse_attention_config : str, path or list, optional
         Budgets for vertical-slash: a file, its content, or "minference" for the file that package ships.
     recall_target : float, optional
-        Share of the dense attention that each head's budget is steered towards; None is the rule's own.
+        Share of the dense attention below which a head gets more than others; None is the rule's own.
     density, mass, score_threshold : float, optional
-        Block scores without steering: a fixed share of the blocks, of the scored mass, or a fixed fraction of a tile's
-        best score. One of the four at most, but `density` can limit the other two.
+        What block scores keep, instead of their own choice: the best share of the blocks, of the scored mass, or what
+        has this fraction of a tile's best score; `density` can limit the other two. Held for all heads, unless a
+        `recall_target` is given too.
 
     Raises
     ------
@@ -125,13 +126,11 @@ class LongContextConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 < value <= 1 or (name == "recall_target" and value == 1):
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        if len(given) > 1 and ("recall_target" in given or "density" not in given):
-            raise ValueError(
-                f"{' and '.join(given)} are given: the budget of sparse prefill follows one of them, and density can "
-                "limit mass or score_threshold"
-            )
-        if self.sparse == "vertical_slash" and given and "recall_target" not in given:
-            raise ValueError(f"{next(iter(given))} is a setting of block_scores, sparse is 'vertical_slash'")
+        if self.mass is not None and self.score_threshold is not None:
+            raise ValueError("mass and score_threshold are given: a head's budget follows one of them")
+        shares = [name for name in given if name != "recall_target"]
+        if self.sparse == "vertical_slash" and shares:
+            raise ValueError(f"{shares[0]} is a setting of block_scores, sparse is 'vertical_slash'")
         if not isinstance(self.sparse_attention_config, (str, Path, list, Mapping, NoneType)):
             raise TypeError(
                 "sparse_attention_config must be a file, its content or 'minference', "
@@ -148,9 +147,9 @@ class LongContextConfig:
             )
 
     @property
-    def fixed_share(self) -> float | None:
-        """The density, mass or threshold that block scores are held to; None where recall steers them."""
-        return next((x for x in (self.density, self.mass, self.score_threshold) if x is not None), None)
+    def has_share(self) -> bool:
+        """Whether a density, mass or threshold says what block scores keep."""
+        return any(share is not None for share in (self.density, self.mass, self.score_threshold))
 
     @property
     def tile(self) -> int:

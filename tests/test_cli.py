@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_bench_projects_dense(tmp_path):
     (row,) = json.loads(output.read_text())["rows"]
     assert row["dense_is"] == "projected from 1 and 2 layers at full length" and row["density_asked"] == 0.5
     assert before == (sparsity.RULES, kernels._LIST_KERNELS, sparsity.compact, sparsity.SpanView.full_lse)
+
+
+def test_plot_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    picture = tmp_path / "speed.png"
+    assert main(["plot", str(results / "speed.json"), "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
+    for names in (["speed.json", "quality.json"], ["passkey_1000000.json"]):
+        assert main(["plot", *(str(results / name) for name in names), "--output", str(picture)]) == 2
+        assert "give files of quality, or of bench speed" in capsys.readouterr().err
 
 
 def test_environment(tmp_path):

@@ -377,6 +377,22 @@ def test_the_first_span_is_tried_on_its_last_tile(monkeypatch):
     assert densities[0] < densities[1] < densities[2]
 
 
+@pytest.mark.parametrize("share", [{}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
+def test_steering_only_adds_to_a_share(share):
+    """No head gets less than the share, and those that recall too little get more."""
+    q, k, v = draw(640)
+    beyond = {"original_max_position_embeddings": 300, **share}
+    found = []
+    for target in (0.01, 0.95):
+        _, state, spy = prefill(q, k, v, settings(recall_target=target, **beyond), [192, 384, 640])
+        found.append((state, [selection.mask for _, selection in spy.seen]))
+    (plain, less), (steered, more) = found
+    assert all(bool((a <= b).all()) for a, b in zip(less, more, strict=True))
+    assert steered.density() > plain.density()
+    assert bool((steered.budgets["block_scores", 0] > 1).any())
+    assert torch.equal(plain.budgets["block_scores", 0], torch.ones(4))
+
+
 def test_budgets_follow_recall_span_by_span():
     """A rule that keeps as many of the nearest blocks as its budget says: a head that turns global is widened."""
     tokens, turn, size = 1920, 768, 32

@@ -51,22 +51,55 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
 
     lengths = sorted({row["tokens"] for row in rows})
     figure, axes = pyplot.subplots(
-        2, len(lengths), figsize=(5 * len(lengths), 6), sharex="col", squeeze=False, layout="constrained"
+        2, len(lengths), figsize=(4.5 * len(lengths), 6), sharex="col", squeeze=False, layout="constrained"
     )
+    names = sorted(_families(rows))
+    styles = {name: {"marker": "o", "color": f"C{number}", "label": name} for number, name in enumerate(names)}
     for column, tokens in enumerate(lengths):
         here = [row for row in rows if row["tokens"] == tokens]
         dense = next(row for row in here if row["variant"] == "dense")
         for name, points in _families(here).items():
             density = [100 * row["density"] for row in points]
-            axes[0, column].plot(density, [row["nll"] - dense["nll"] for row in points], marker="o", label=name)
-            axes[1, column].plot(density, [100 * row["agreement"] for row in points], marker="o", label=name)
+            axes[0, column].plot(density, [row["nll"] - dense["nll"] for row in points], **styles[name])
+            axes[1, column].plot(density, [100 * row["agreement"] for row in points], **styles[name])
         axes[0, column].axhline(0, color="grey", linewidth=0.8)
         axes[0, column].set_title(f"{tokens:,} tokens")
         axes[1, column].set_xlabel("blocks kept, %")
         axes[1, column].set_xscale("log")
+        for formatter in (axes[1, column].xaxis.set_major_formatter, axes[1, column].xaxis.set_minor_formatter):
+            formatter("{x:g}")
     axes[0, 0].set_ylabel("NLL above dense, nats a token")
     axes[1, 0].set_ylabel("top-1 agreement with dense, %")
-    axes[0, 0].legend()
+    handles = {text: line for a in axes[0] for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Seconds to the first token against prompt length, a line each for stock, dense and sparse.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `bench.speed` gives them.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    rows = sorted(rows, key=lambda row: row["tokens"])
+    for name in ("stock", "dense", "sparse"):
+        points = [(row["tokens"], row[f"{name}_seconds"]) for row in rows if f"{name}_seconds" in row]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("prompt length, tokens")
+    axes.set_ylabel("seconds to the first token")
+    axes.legend()
     return figure
 
 

@@ -81,7 +81,7 @@ def keep(
     kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     amount = amount.to(torch.float32).expand(heads, tiles).contiguous()
     limit = amount if most is None else most.to(torch.int32).expand(heads, tiles).contiguous()
-    width = triton.next_power_of_2(blocks)
+    width = max(1024, triton.next_power_of_2(blocks))  # each width is compiled anew
     _keep[(batch * heads * tiles,)](
         scores.contiguous(),
         kept,
@@ -98,7 +98,7 @@ def keep(
         LIMITED=most is not None,
         BITS=_BITS,
         WIDTH=width,
-        num_warps=min(16, max(1, width // 512)),
+        num_warps=min(16, width // 512),
     )
     return kept.view(torch.bool)
 

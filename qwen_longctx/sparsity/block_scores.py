@@ -25,28 +25,34 @@ if TYPE_CHECKING:
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
 SINK, WINDOW = 1, 1  # blocks kept always, beside those that a tile sees in part
-THRESHOLD = 0.02  # of a tile's best score, at a budget of 1
-LIMIT = 1.1  # blocks for each square root of the blocks seen, at a budget of 1, beyond the trained length
+THRESHOLD = 0.02  # of a tile's best score
+LIMIT = 1.1  # blocks for each square root of the blocks seen, beyond the trained length
 
 
 def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
-    """Keep the blocks that score at least some fraction of a tile's best, ``THRESHOLD / budget``.
+    """Keep the blocks that score at least some fraction of a tile's best, `THRESHOLD`.
 
     Such a threshold gives every tile the number of blocks it needs. Beyond the trained length, where diffuse heads
-    would take far more than they are worth, a tile of n blocks keeps at most ``LIMIT * budget * sqrt(n)``. With a
-    density, mass or threshold in the settings, that instead of both.
+    would take far more than they are worth, a tile of n blocks keeps at most ``LIMIT * sqrt(n)``. With a density, mass
+    or threshold in the settings, that instead of both. A budget of b divides a threshold, and what a mass leaves out,
+    by b, and multiplies a limit by it.
     """
-    settings, visible = request.settings, view.tiles.visible
+    settings, visible, budget = request.settings, view.tiles.visible, budget[:, None]
     shape = (view.heads, len(visible))
     by: By = "threshold" if settings.mass is None else "mass"
-    if settings.fixed_share is None:
-        amount = (THRESHOLD / budget)[:, None].expand(shape)
-        most = LIMIT * budget[:, None] * visible.sqrt() if request.beyond_trained else None
+    if settings.mass is not None:
+        amount = 1 - (1 - settings.mass) / budget
+    elif settings.has_share:
+        amount = (settings.score_threshold or 0.0) / budget
     else:
-        amount = torch.full(shape, settings.mass or settings.score_threshold or 0.0, device=budget.device)
-        most = None if settings.density is None else (visible * settings.density).expand(shape)
-    limit = None if most is None else most.ceil().to(torch.int32)
-    return Selection(keep(scores(view), view.tiles, amount, by=by, most=limit, sink=SINK, window=WINDOW))
+        amount = THRESHOLD / budget
+    most = None
+    if settings.density is not None:
+        most = (settings.density * budget * visible).ceil().to(torch.int32)
+    elif not settings.has_share and request.beyond_trained:
+        most = (LIMIT * budget * visible.sqrt()).ceil().to(torch.int32)
+    kept = keep(scores(view), view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=WINDOW)
+    return Selection(kept)
 
 
 def scores(view: SpanView) -> torch.Tensor:

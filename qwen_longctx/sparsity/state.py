@@ -66,9 +66,8 @@ class Request:
     @property
     def recall_target(self) -> float | None:
         """Recall to steer towards; None where budgets are fixed."""
-        if self.settings.fixed_share is not None:
-            return None
-        return self.settings.recall_target or self.rule.recall_target
+        own = None if self.settings.has_share else self.rule.recall_target
+        return self.settings.recall_target or own
 
     def budget(self, layer: int) -> torch.Tensor | None:
         """Budgets of a layer's heads for the next span, shape (heads,), float32; None before the first."""
