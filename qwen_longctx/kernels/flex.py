@@ -12,6 +12,8 @@ from qwen_longctx.kernels.device import has_triton, older_than
 from qwen_longctx.kernels.lists import BlockLists
 from qwen_longctx.kernels.sdpa import sdpa
 
+_VARIANTS = 64  # to compile: causal or not, one tile or many, whole tiles or not, models of other shapes
+
 
 def flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists | None = None
@@ -23,21 +25,29 @@ def flex(
     """
     if blocks is None or k.shape[1] == 0:
         return sdpa(q, k, v, causal=causal, scale=scale)
-    out, lse = _compiled()(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        block_mask=_mask(blocks, q.shape[1], k.shape[1], causal),
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-        return_lse=True,
-    )
+    with _room_for_variants():
+        out, lse = _compiled()(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            block_mask=_mask(blocks, q.shape[1], k.shape[1], causal),
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+            return_lse=True,
+        )
     return out.transpose(1, 2), lse
+
+
+def _room_for_variants() -> Any:
+    """PyTorch compiles 8 variants of a function by itself."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    return config.patch({name: _VARIANTS})
 
 
 @lru_cache
 def _compiled() -> Any:
-    # fullgraph: where it would compile too often it must fail, because uncompiled it ignores the lists
+    # fullgraph: beyond the limit it must fail, because uncompiled it ignores the lists
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
