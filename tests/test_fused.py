@@ -14,6 +14,18 @@ def test_nothing_is_fused_without_cuda():
     assert not fused.pays(torch.empty(1 << 21))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 400, 3584), (1, 9000, 8, 128), (2, 70, 300)])
+def test_fused_functions(shape):
+    pytest.importorskip("liger_kernel")
+    x, y = torch.randn(2, *shape, device="cuda")
+    weight = torch.rand(shape[-1], device="cuda")
+    wanted = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
+    torch.testing.assert_close(fused.rms_norm(x, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
+    wanted = torch.nn.functional.silu(x.double()) * y.double()
+    torch.testing.assert_close(fused.silu_mul(x, y).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,7 +22,10 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, sparsity
 from qwen_longctx.attention import attend
 from qwen_longctx.plan import RotarySource, make_plan
+from qwen_longctx.positions import Span
 from qwen_longctx.rotary import rotate
+from qwen_longctx.sparsity.keep import keep
+from qwen_longctx.sparsity.tiles import Tiles
 
 SHAPE_7B = {
     "vocab_size": 152064,
@@ -375,7 +378,7 @@ def speed(
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     """
     model = random_model(device, tiny)
-    _compile_kernels(model, device)
+    _compile_kernels(model, max(lengths), device)
     for length in lengths:
         share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
         sparse = {"sparse": "block_scores", "density": share, "sparse_attention_threshold": min(length - 1, 32767)}
@@ -403,13 +406,22 @@ def speed(
         yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _compile_kernels(model: Qwen2ForCausalLM, device: torch.device) -> None:
-    """Run every kernel once, on a short prompt of several small chunks: kernels are compiled once a process."""
+def _compile_kernels(model: Qwen2ForCausalLM, longest: int, device: torch.device) -> None:
+    """Run every kernel once, on a short prompt of several small chunks: kernels are compiled once a process.
+
+    Keeping blocks is compiled for each power of two of them.
+    """
     ids = torch.ones(1, 8192, dtype=torch.long, device=device)
     small = {"chunk_size": 4096, "local_size": 1024, "prefill_chunk_size": 4096}
     for how in ({"sparse": "block_scores", "density": 0.5, "sparse_attention_threshold": 4096}, DENSE):
         _first_token(model, ids, {**small, **how}, device)
     _first_token(model, ids, None, device)
+    tokens = 1024
+    while tokens < 2 * longest:
+        tiles = Tiles.of(Span(tokens - 1, tokens, ()), 128, device)
+        nothing = torch.zeros(1, 1, 1, tiles.blocks, device=device)
+        keep(nothing, tiles, nothing[0, :, 0], by="threshold", most=tiles.visible[:, None], sink=1, window=1)
+        tokens *= 2
 
 
 def _first_token(

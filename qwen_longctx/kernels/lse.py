@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from qwen_longctx.kernels.device import uses_triton
@@ -39,6 +41,11 @@ def row_lse(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: fl
         logits = row_logits(q, k[:, start : start + step], limits - start, scale=scale)
         total = torch.logaddexp(total, logits.logsumexp(dim=-1))
     return total
+
+
+def joint_lse(parts: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], *, scale: float) -> torch.Tensor:
+    """`row_lse` of one set of queries over several sets of keys: `parts` are ``(q, k, limits)``, q rotated for each."""
+    return torch.logsumexp(torch.stack([row_lse(*part, scale=scale) for part in parts]), dim=0)
 
 
 def row_logits(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from qwen_longctx.kernels.lse import row_lse
+from qwen_longctx.kernels.lse import joint_lse
 from qwen_longctx.kernels.scores import block_shares
 from qwen_longctx.sparsity.keep import By, keep
 from qwen_longctx.sparsity.rule import Rule
@@ -72,7 +72,7 @@ def scores(view: SpanView) -> torch.Tensor:
     for segment, q in reversed(view.pieces):
         first = segment.key_start // size
         parts.append((_pool(q, view.tiles), means[:, first : segment.key_stop // size], limits - first))
-    lse = torch.logsumexp(torch.stack([row_lse(*part, scale=view.scale) for part in parts]), dim=0)
+    lse = joint_lse(parts, scale=view.scale)
     found = [
         block_shares(q, k, lse, met, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale) for q, k, met in parts
     ]

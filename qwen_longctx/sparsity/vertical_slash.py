@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from qwen_longctx.kernels.lse import row_logits, row_lse
+from qwen_longctx.kernels.lse import joint_lse, row_logits
 from qwen_longctx.sparsity.rule import Rule
 from qwen_longctx.sparsity.tiles import Tiles
 from qwen_longctx.sparsity.view import Selection, SpanView
@@ -72,12 +72,7 @@ def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     stop = view.span.stop
     positions = torch.arange(stop - rows, stop, device=view.k.device)
     pieces = [(segment, view.selection_q(segment.kind, rows)) for segment, _ in view.pieces]
-    lse = torch.logsumexp(
-        torch.stack(
-            [row_lse(q, view.keys(s), positions + 1 - s.key_start, scale=view.scale) for s, q in pieces],
-        ),
-        dim=0,
-    )
+    lse = joint_lse(((q, view.keys(s), positions + 1 - s.key_start) for s, q in pieces), scale=view.scale)
     shape = (view.k.shape[0], view.heads, stop)
     columns, diagonals = (torch.zeros(shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
     for segment, q in pieces:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.kernels.lse import row_lse
+from qwen_longctx.kernels.lse import joint_lse
 from qwen_longctx.positions import Kind, Segment, Span
 from qwen_longctx.sparsity.tiles import Tiles
 
@@ -71,11 +71,8 @@ class SpanView:
     def full_lse(self, rows: int) -> torch.Tensor:
         """Log-sum-exp of the last `rows` queries over all keys, shape (batch, heads, rows): the dense truth."""
         positions = torch.arange(self.span.stop - rows, self.span.stop, device=self.k.device)
-        found = [
-            row_lse(q[:, -rows:], self.keys(segment), positions + 1 - segment.key_start, scale=self.scale)
-            for segment, q in self.pieces
-        ]
-        return torch.logsumexp(torch.stack(found), dim=0)
+        parts = ((q[:, -rows:], self.keys(s), positions + 1 - s.key_start) for s, q in self.pieces)
+        return joint_lse(parts, scale=self.scale)
 
 
 class Selection(NamedTuple):
