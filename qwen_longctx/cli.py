@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--variants", nargs="+", default=list(quality.DEFAULT_VARIANTS), help="RULE[:SETTING=NUMBER,…]")
     judge.add_argument("--judged", type=_whole, default=quality.JUDGED, help="tokens at the end that are judged")
     judge.add_argument("--depths", type=float, nargs="*", default=[], help="passkeys at the same length, one a depth")
-    judge.add_argument("--package", default=corpus.PACKAGE, help="installed package whose source is the text")
+    judge.add_argument("--packages", nargs="+", default=[corpus.PACKAGE], help="installed packages, a text from each")
     judge.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     judge.add_argument("--device-map", default="auto")
     judge.add_argument("--output", help="results file (JSON), written after every row")
@@ -172,13 +173,18 @@ def _quality(args: argparse.Namespace) -> None:
     for one in variants:
         LongContextConfig.from_model_config(config, **one.overrides)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = [corpus.source_code(tokenizer, length, args.package) for length in args.lengths]
+    sources = list(product(args.lengths, args.packages))
+    texts = [corpus.source_code(tokenizer, *source) for source in sources]
     model = _load(args)
     done: list[dict[str, Any]] = []
-    about = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings, "package": args.package}
-    about["texts"] = {str(ids.shape[1]): corpus.fingerprint(ids) for ids in texts}
-    for ids in texts:
-        for row in quality.evaluate(model, tokenizer, ids, variants, args.judged, args.depths):
+    about: dict[str, Any] = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings}
+    about["texts"] = [
+        {"tokens": length, "package": package, "fingerprint": corpus.fingerprint(ids)}
+        for (length, package), ids in zip(sources, texts, strict=True)
+    ]
+    for (_, package), ids in zip(sources, texts, strict=True):
+        for found in quality.evaluate(model, tokenizer, ids, variants, args.judged, args.depths):
+            row = {"package": package, **found}
             shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
             print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
             done.append(row)

@@ -14,7 +14,7 @@ from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen
 from qwen_longctx.cache import mean_keys
 from qwen_longctx.cli import BUNDLED, main
-from qwen_longctx.evaluation import corpus, passkey, quality
+from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.sparsity import budgets
 from qwen_longctx.sparsity.calibrate import calibrate
 
@@ -426,7 +426,7 @@ def test_quality_command(tmp_path):
     output, plot = tmp_path / "quality.json", tmp_path / "quality.png"
     variants = ["block_scores:density=1.0", "block_scores:density=0.3", "vertical_slash"]
     command = ["quality", "--model", str(BUNDLED), "--lengths", "512", "--judged", "128", "--dtype", "float32"]
-    command += ["--package", "qwen_longctx", "--depths", "0.5", "--variants", *variants]
+    command += ["--packages", "qwen_longctx", "--depths", "0.5", "--variants", *variants]
     assert main([*command, "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     dense, everything, some, slashes = found["rows"]
@@ -434,9 +434,22 @@ def test_quality_command(tmp_path):
     assert everything["nll"] == pytest.approx(dense["nll"], abs=1e-4) and everything["agreement"] == 1.0
     assert slashes["density"] == 1.0  # budgets of thousands hold all of a short text
     assert some["density"] < 0.9 and some["kl"] > everything["kl"] and some["recall"] < 1
-    assert dense["passkeys"] == "1/1" and found["texts"]["512"]
+    assert dense["passkeys"] == "1/1" and found["texts"][0]["fingerprint"]
     pytest.importorskip("matplotlib")
     assert main(["plot", str(output), "--output", str(plot)]) == 0 and plot.stat().st_size > 1000
+
+
+def test_points_of_a_plot_are_means_over_texts():
+    rows = [
+        {"tokens": 9, "package": package, "variant": variant, "nll": nll, "density": share, "agreement": 0.9}
+        for package, variant, nll, share in [
+            ("a", "dense", 1.0, 1.0),
+            ("a", "rule:mass=0.5", 1.25, 0.1),
+            ("b", "dense", 2.0, 1.0),
+            ("b", "rule:mass=0.5", 2.75, 0.3),
+        ]
+    ]
+    assert plots._points(rows) == {("rule:mass", 9): [(pytest.approx(20), 0.5, pytest.approx(90))]}
 
 
 def test_calibrate_command(tmp_path, capsys):

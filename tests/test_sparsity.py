@@ -376,6 +376,19 @@ def test_the_first_span_is_tried_on_its_last_tile(monkeypatch):
     assert densities[0] < densities[1] < densities[2]
 
 
+@pytest.mark.parametrize(
+    "rule", [{"score_threshold": 0.9}, {"sparse": "vertical_slash", "sparse_attention_config": BUDGETS}]
+)
+def test_trials_score_a_tile_once(rule, monkeypatch):
+    calls = []
+    for module, name in ((block_scores, "scores"), (vertical_slash, "_sums")):
+        work = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, work=work: calls.append(a) or work(*a))
+    q, k, v = draw(190)
+    _, state, spy = prefill(q, k, v, settings(recall_target=0.99, **rule), [190])
+    assert len(calls) == 2 and bool((state.budgets[next(iter(state.budgets))] > 1).any())
+
+
 @pytest.mark.parametrize("share", [{}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
 def test_steering_only_adds_to_a_share(share):
     """No head gets less than the share, and those that recall too little get more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 
@@ -41,7 +42,7 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     Parameters
     ----------
     rows : sequence of mapping
-        As `quality.evaluate` gives them, of one length or several.
+        As `quality.evaluate` gives them, of one length or several; with "package" where there are several texts.
 
     Returns
     -------
@@ -53,15 +54,16 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     figure, axes = pyplot.subplots(
         2, len(lengths), figsize=(4.5 * len(lengths), 6), sharex="col", squeeze=False, layout="constrained"
     )
-    names = sorted(_families(rows))
+    points = _points(rows)
+    names = sorted({name for name, _ in points})
     styles = {name: {"marker": "o", "color": f"C{number}", "label": name} for number, name in enumerate(names)}
     for column, tokens in enumerate(lengths):
-        here = [row for row in rows if row["tokens"] == tokens]
-        dense = next(row for row in here if row["variant"] == "dense")
-        for name, points in _families(here).items():
-            density = [100 * row["density"] for row in points]
-            axes[0, column].plot(density, [row["nll"] - dense["nll"] for row in points], **styles[name])
-            axes[1, column].plot(density, [100 * row["agreement"] for row in points], **styles[name])
+        for name in names:
+            found = sorted(points.get((name, tokens), []))
+            if found:
+                density, above, agreement = (list(values) for values in zip(*found, strict=True))
+                axes[0, column].plot(density, above, **styles[name])
+                axes[1, column].plot(density, agreement, **styles[name])
         axes[0, column].axhline(0, color="grey", linewidth=0.8)
         axes[0, column].set_title(f"{tokens:,} tokens")
         axes[1, column].set_xlabel("blocks kept, %")
@@ -103,10 +105,23 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by rule and setting, each ordered by density; dense is left out."""
-    families: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["density"]):
+def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[tuple[float, float, float]]]:
+    """Density in %, NLL above dense and agreement in % of every variant, means over the texts.
+
+    By tokens and by rule and setting, without the setting's number.
+    """
+    dense = {_text(row): row["nll"] for row in rows if row["variant"] == "dense"}
+    texts: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for row in rows:
         if row["variant"] != "dense":
-            families.setdefault(row["variant"].split("=")[0], []).append(row)
-    return families
+            values = 100 * row["density"], row["nll"] - dense[_text(row)], 100 * row["agreement"]
+            texts.setdefault((row["variant"], row["tokens"]), []).append(values)
+    points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for (variant, tokens), found in texts.items():
+        density, above, agreement = (fmean(one) for one in zip(*found, strict=True))
+        points.setdefault((variant.split("=")[0], tokens), []).append((density, above, agreement))
+    return points
+
+
+def _text(row: Mapping[str, Any]) -> tuple[int, str]:
+    return row["tokens"], row.get("package", "")

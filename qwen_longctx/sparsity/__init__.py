@@ -76,7 +76,8 @@ def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
     budget = request.budget(view.layer)
     if budget is None:
         budget = _first_budget(view, v, request)
-    out, record = _attend(view, v, request, budget.to(view.k.device))
+    truth = view.full_lse(_judged(view, request))
+    out, record = _attend(view, v, request, budget.to(view.k.device), truth)
     request.observe(record, budget)
     return out
 
@@ -88,12 +89,21 @@ def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Te
     if target is None:
         return budget
     last = view.last_tile()
+    truth = last.full_lse(_judged(last, request))
     for _ in range(_TRIALS):
-        budget = steer(budget, _attend(last, v, request, budget)[1].recall, target, rule)
+        budget = steer(budget, _attend(last, v, request, budget, truth)[1].recall, target, rule)
     return budget
 
 
-def _attend(view: SpanView, v: torch.Tensor, request: Request, budget: torch.Tensor) -> tuple[torch.Tensor, SpanRecord]:
+def _judged(view: SpanView, request: Request) -> int:
+    """Queries at the end of a span on which recall is measured."""
+    return min(request.settings.last_q, view.span.stop - view.span.start)
+
+
+def _attend(
+    view: SpanView, v: torch.Tensor, request: Request, budget: torch.Tensor, truth: torch.Tensor
+) -> tuple[torch.Tensor, SpanRecord]:
+    """Attention to what the rule keeps, and its recall against `truth`, the log-sum-exp of the last queries."""
     settings, tiles = request.settings, view.tiles
     q = view.pieces[0].q
     name = kernels.list_kernel(settings.kernel, q.device, q.dtype, q.shape[-1], tiles.size)
@@ -112,8 +122,7 @@ def _attend(view: SpanView, v: torch.Tensor, request: Request, budget: torch.Ten
             parts.append(columns(q, k_at, v_at, keep, size=tiles.size, scale=view.scale))
             kept = kept + keep.sum() / tiles.size
     out, lse = merge(parts)
-    rows = min(settings.last_q, out.shape[1])
-    recall = torch.exp(lse[..., -rows:] - view.full_lse(rows)).mean(dim=-1)
+    recall = torch.exp(lse[..., -truth.shape[-1] :] - truth).mean(dim=-1)
     pairs = tiles.pairs * out.shape[0] * view.heads
     return out, SpanRecord(view.layer, view.span.start, view.span.stop, name, recall, kept, pairs)
 

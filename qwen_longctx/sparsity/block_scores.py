@@ -51,7 +51,8 @@ def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
         most = (settings.density * budget * visible).ceil().to(torch.int32)
     elif not settings.has_share and request.beyond_trained:
         most = (LIMIT * budget * visible.sqrt()).ceil().to(torch.int32)
-    kept = keep(scores(view), view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=WINDOW)
+    found = view.once("scores", lambda: scores(view))
+    kept = keep(found, view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=WINDOW)
     return Selection(kept)
 
 

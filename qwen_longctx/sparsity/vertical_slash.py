@@ -57,7 +57,8 @@ def indices(
         Shape (batch, heads, most of any head), int64: positions of columns, and distances of diagonals from the query;
         a head with fewer is filled up with -1.
     """
-    column_sums, diagonal_sums = _sums(view, min(last_q, view.span.stop - view.span.start))
+    rows = min(last_q, view.span.stop - view.span.start)
+    column_sums, diagonal_sums = view.once("sums", lambda: _sums(view, rows))
     column_sums[..., :FORCED_COLUMNS] = torch.inf
     diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
     distance = _best(diagonal_sums, slashes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,8 @@ class SpanView:
     selection_q : callable
         ``selection_q(kind, rows)``: the last `rows` queries, rotated towards a kind of segment at the unclamped
         positions that serve selection only (Qwen2.5-1M report, section 5.2).
+    kept : dict, optional
+        See `once`.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class SpanView:
     scale: float
     key_means: Callable[[int], torch.Tensor]
     selection_q: Callable[[Kind, int], torch.Tensor]
+    kept: dict[str, Any] | None = None
 
     @cached_property
     def heads(self) -> int:
@@ -62,7 +65,16 @@ class SpanView:
         span = self.span._replace(start=self.span.start + self.tiles.size * (len(self.tiles.starts) - 1))
         rows = span.stop - span.start
         pieces = tuple(Piece(segment, q[:, -rows:]) for segment, q in self.pieces)
-        return replace(self, span=span, tiles=Tiles.of(span, self.tiles.size, self.k.device), pieces=pieces)
+        tiles = Tiles.of(span, self.tiles.size, self.k.device)
+        return replace(self, span=span, tiles=tiles, pieces=pieces, kept={})
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """``work()``, which knows no budget: kept for the trials of a first budget, that meet one tile many times."""
+        if self.kept is None:
+            return work()
+        if name not in self.kept:
+            self.kept[name] = work()
+        return self.kept[name]
 
     def keys(self, segment: Segment) -> torch.Tensor:
         """Keys of one segment."""
