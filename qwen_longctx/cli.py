@@ -19,6 +19,7 @@ from qwen_longctx import LongContextConfig, kernels, memory, patched_qwen, patch
 from qwen_longctx.config import SPARSE
 from qwen_longctx.evaluation import bench, corpus, passkey, plots, quality
 from qwen_longctx.evaluation.environment import environment, write_results
+from qwen_longctx.kernels import fused
 from qwen_longctx.kernels.sdpa import engine
 from qwen_longctx.sparsity import budgets, calibrate
 
@@ -287,7 +288,10 @@ def _doctor(args: argparse.Namespace) -> None:
         reasons = kernels.why_not(device, dtype, 128, 128)
         chosen = kernels.list_kernel("auto", device, dtype, 128, 128)
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
-        print(f"{device} ({name}): sparse prefill runs on {chosen} ({passed_over or 'the fastest'})")
+        when = "on request only, " if chosen == "reference" else ""
+        print(f"{device} ({name}): sparse prefill runs {when}on {chosen} ({passed_over or 'the fastest'})")
+        norms = "Liger-Kernel" if fused.runs(torch.empty(1, device=device, dtype=dtype)) else "PyTorch"
+        print(f"{device} ({name}): norms and SwiGLU of long prompts run on {norms}")
 
 
 def _why(name: str) -> str:

@@ -23,7 +23,12 @@ def _liger() -> Any:
 
 def pays(x: torch.Tensor) -> bool:
     """Whether the functions here run for an activation like `x`, and are worth it."""
-    return x.numel() >= _FEWEST and uses_triton(x) and _liger() is not None
+    return x.numel() >= _FEWEST and runs(x)
+
+
+def runs(x: torch.Tensor) -> bool:
+    """Whether the functions here run for an activation like `x`."""
+    return uses_triton(x) and _liger() is not None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
