@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--sparse", default="auto", choices=SPARSE, help="sparse prefill; off is exact")
     keys.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     keys.add_argument("--device-map", default="auto")
-    keys.add_argument("--output", help="results file (JSON); lengths already in it are kept")
+    keys.add_argument("--output", help="results file (JSON)")
     keys.set_defaults(run=_passkey)
 
     measure = commands.add_parser("bench", help="time and memory on the shape of Qwen2.5-7B, random weights")
