@@ -193,6 +193,13 @@ def test_list_kernels_agree_in_a_model(name, rule):
             torch.testing.assert_close(found[name][0], logits(model, ids).float(), atol=0.1, rtol=0.1)
 
 
+@torch.no_grad()
+def test_sparse_prefill_under_torch_compile():
+    model, ids = patch_qwen(long_model(), **ON, density=0.4), prompt(500)
+    wanted = model(ids).logits
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, wanted)
+
+
 def test_a_warning_says_once_that_attention_is_approximate(caplog):
     logging.Logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING), patched_qwen(model := long_model(), **ON):

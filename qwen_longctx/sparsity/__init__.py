@@ -58,6 +58,7 @@ def request(name: str, settings: LongContextConfig, config: Any, state: SparseSt
     return Request(name, RULES[name], settings, state.head_budgets, state, length)
 
 
+@torch.compiler.disable  # lists differ from span to span: nothing to gain, and a variant to compile for each
 def attend(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
     """Attend from a span to the keys that the rule keeps, record their recall and steer the budgets by it.
 
