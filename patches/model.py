@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import LongContextConfig, head_dim
 from qwen_longctx.patches.attention import IMPLEMENTATION
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.plan import Plan, RotarySource, make_plan
@@ -85,7 +85,7 @@ def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache
     """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
     if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
         return None
-    name = sparsity.rule_name(settings, device, model.dtype, _head_dim(model.config))
+    name = sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
     if name is None:
         return None
     request = sparsity.request(name, settings, model.config, state_of(cache), length)
@@ -94,10 +94,6 @@ def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache
         'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
     )
     return request
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @torch.compiler.disable

@@ -62,8 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("what", choices=["attention", "stock", "mlp", "headline", "speed"])
     measure.add_argument("--lengths", type=_whole, nargs="+", help="tokens")
     measure.add_argument("--density", type=float, help="speed: share of the blocks, instead of one by length")
-    measure.add_argument("--dense-layers", type=int, default=0, help="speed: project dense from so many layers, where")
-    measure.add_argument("--whole-up-to", type=int, default=131072, help="a prompt is longer than this; no stock there")
+    measure.add_argument(
+        "--dense-layers", type=int, default=0, help="speed: project longer dense runs from so many layers"
+    )
+    measure.add_argument(
+        "--whole-up-to", type=int, default=131072, help="speed: longest stock run, and dense run as it is"
+    )
     measure.add_argument("--output", help="results file (JSON)")
     measure.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     measure.set_defaults(run=_bench)
@@ -174,16 +178,15 @@ def _quality(args: argparse.Namespace) -> None:
     for one in variants:
         LongContextConfig.from_model_config(config, **one.overrides)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sources = list(product(args.lengths, args.packages))
-    texts = [corpus.source_code(tokenizer, *source) for source in sources]
+    longest = {package: corpus.source_code(tokenizer, max(args.lengths), package) for package in args.packages}
+    texts = [(package, longest[package][:, :length]) for length, package in product(args.lengths, args.packages)]
     model = _load(args)
     done: list[dict[str, Any]] = []
     about: dict[str, Any] = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings}
     about["texts"] = [
-        {"tokens": length, "package": package, "fingerprint": corpus.fingerprint(ids)}
-        for (length, package), ids in zip(sources, texts, strict=True)
+        {"tokens": ids.shape[1], "package": package, "fingerprint": corpus.fingerprint(ids)} for package, ids in texts
     ]
-    for (_, package), ids in zip(sources, texts, strict=True):
+    for package, ids in texts:
         for found in quality.evaluate(model, tokenizer, ids, variants, args.judged, args.depths):
             row = {"package": package, **found}
             shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
@@ -210,7 +213,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     source = args.start or budgets.beside_checkpoint(args.model)
     start = budgets.uniform(*shape) if source is None else budgets.load(source, *shape, args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = [corpus.source_code(tokenizer, length, args.package) for length in sorted(args.lengths)]
+    longest = corpus.source_code(tokenizer, max(args.lengths), args.package)
+    texts = [longest[:, :length] for length in sorted(args.lengths)]
     model = _load(args)
     how = {"threshold": args.threshold, "step": args.step, "rounds": args.rounds}
     for one in calibrate.calibrate(model, texts, start, args.output, **how):

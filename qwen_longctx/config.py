@@ -231,6 +231,11 @@ def _trained_length(config: Any) -> int:
     return rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
+def head_dim(config: Any) -> int:
+    """Numbers a head of a transformers config, which need not say it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def rope_parameters(config: Any) -> dict[str, Any]:
     """Rotary parameters of a transformers 4 (`rope_scaling`) or 5 (`rope_parameters`) config."""
     return dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})

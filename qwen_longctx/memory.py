@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import LongContextConfig, head_dim
 from qwen_longctx.kernels.merge import TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.block_scores import MEANS_A_BLOCK
 
@@ -59,15 +59,15 @@ def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings:
 
 def kv_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of one row leaves in the cache."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * dtype.itemsize
 
 
 def activation_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> int:
     """Peak of one prefill chunk: the larger of attention and MLP, beside hidden states, residual and norm."""
     rows = min(tokens, settings.prefill_chunk_size) * batch
-    queries = config.num_attention_heads * _head_dim(config)
+    queries = config.num_attention_heads * head_dim(config)
     stream = 3 * rows * config.hidden_size * dtype.itemsize
-    projected = rows * (2 * queries + 4 * config.num_key_value_heads * _head_dim(config)) * dtype.itemsize
+    projected = rows * (2 * queries + 4 * config.num_key_value_heads * head_dim(config)) * dtype.itemsize
     partial = 4 * rows * queries * dtype.itemsize  # three segments' results and their merge
     sums = 2 * min(rows, TOKENS_AT_A_TIME * batch) * queries * 4
     partial += _sparse_bytes(config, tokens, batch, dtype, settings)
@@ -82,10 +82,6 @@ def _sparse_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype, sett
     means = kv_bytes(config, dtype) // 2 * tokens * batch * MEANS_A_BLOCK // settings.tile
     tiles, blocks = (-(-n // settings.tile) for n in (min(tokens, settings.prefill_chunk_size), tokens))
     return means + batch * config.num_attention_heads * tiles * blocks * _BYTES_A_PAIR
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def check_fits(

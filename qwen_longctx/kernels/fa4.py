@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -47,16 +48,20 @@ def fa4(
     return out, lse
 
 
+@lru_cache
+def _installed() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
     """Why this kernel cannot take such lists; empty if it can."""
     # on 8.0 it ignores the lists without a word (flash-attention issue 2897)
     if lack := older_than(device, (9, 0)):
         return lack
-    try:
-        found = find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
+    if not _installed():
         return "needs the package flash-attn-4"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes half precision only, not {dtype}"
