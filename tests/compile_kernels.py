@@ -41,7 +41,12 @@ KERNELS = [
     *(
         (
             gpu._keep,
-            {"scores": "*fp32", "kept": "*u8", "whole": "*i32", "visible": "*i32", "amount": "*fp32", "most": "*i32"},
+            {
+                "scores": "*fp32",
+                "kept": "*u8",
+                **dict.fromkeys(("whole", "visible", "most", "near"), "*i32"),
+                "amount": "*fp32",
+            },
             {"MASS": mass, "LIMITED": limited, "BITS": 31, "WIDTH": 1024},
         )
         for mass in (False, True)

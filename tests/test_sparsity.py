@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -83,7 +81,7 @@ def keep_by_hand(scores, first, end, size, amount, by, most, sink, window):
     st.sampled_from(["mass", "threshold"]),
     st.booleans(),
     st.integers(0, 2),
-    st.integers(0, 2),
+    st.one_of(st.none(), st.integers(0, 2)),  # none: another for each tile
     st.integers(0, 1 << 16),
 )
 def test_keep(start, length, by, limited, sink, window, seed):
@@ -95,13 +93,15 @@ def test_keep(start, length, by, limited, sink, window, seed):
     amount = torch.rand(shape, generator=source, dtype=torch.float64)
     amount[0] = float(by == "mass")  # everything, up to the limit
     most = torch.randint(0, 12, shape, dtype=torch.int32, generator=source) if limited else None
+    window = torch.randint(0, 3, shape[1:], dtype=torch.int32, generator=source) if window is None else window
     found = keep(scores, tiles, amount, by=by, most=most, sink=sink, window=window)
     for b in range(2):
         for h in range(3):
             for t in range(shape[1]):
                 ends = int(tiles.starts[t]), int(tiles.stops[t])
                 limit = int(most[h, t]) if limited else 1000
-                values = scores[b, h, t].tolist(), *ends, size, amount[h, t].item(), by, limit, sink, window
+                near = int(window if isinstance(window, int) else window[t])
+                values = scores[b, h, t].tolist(), *ends, size, amount[h, t].item(), by, limit, sink, near
                 assert set(found[b, h, t].nonzero()[:, 0].tolist()) == keep_by_hand(*values)
 
 
@@ -258,23 +258,25 @@ def test_block_scores_are_the_best_shares_of_pooled_queries_on_mean_keys(cuts):
             assert not found[0, :, tile, whole:].any()
 
 
-@pytest.mark.parametrize("trained", [300, 900])
-def test_default_keeps_by_a_threshold_and_by_a_limit_beyond_the_trained_length(trained):
+@pytest.mark.parametrize(("trained", "mass", "share"), [(640, 0.93, 0.03125), (320, 0.725, 0.0625), (40, 0.35, 0.5)])
+def test_default_keeps_a_mass_that_falls_and_a_window_that_grows_with_the_prompt(trained, mass, share, monkeypatch):
+    monkeypatch.setattr(block_scores, "NEAR", 2)
     q, k, v = draw(640)
     config = settings(original_max_position_embeddings=trained, recall_target=0.01)  # which no head misses
     _, _, spy = prefill(q, k, v, config, [256, 640])
-    limited = 0
+    assert spy.seen
     for view, selection in spy.seen:
         scores = block_scores.scores(view)
-        for tile, seen in enumerate(view.tiles.visible.tolist()):
-            limit = math.ceil(1.1 * seen**0.5) if trained == 300 else 1000
+        for tile, whole in enumerate(view.tiles.whole.tolist()):
             ends = int(view.tiles.starts[tile]), int(view.tiles.stops[tile])
             for head in range(4):
-                values = scores[0, head, tile].tolist(), *ends, 32, 0.02, "threshold"
-                wanted = keep_by_hand(*values, limit, 1, 1)
-                assert set(selection.mask[0, head, tile].nonzero()[:, 0].tolist()) == wanted
-                limited += wanted != keep_by_hand(*values, 1000, 1, 1)
-    assert bool(limited) == (trained == 300)
+                values = scores[0, head, tile].tolist(), *ends, 32, mass, "mass", 1000, 1, max(int(whole * share), 1)
+                assert set(selection.mask[0, head, tile].nonzero()[:, 0].tolist()) == keep_by_hand(*values)
+
+
+def test_default_mass_over_lengths():
+    found = [block_scores.default_mass(times) for times in (0.1, 1, 1.0001, 2, 4, 16, 64)]
+    assert found == pytest.approx([0.93, 0.93, 0.85, 0.725, 0.6, 0.35, 0.35], abs=1e-4)
 
 
 def best(values, count):
@@ -351,9 +353,9 @@ def test_steering_moves_towards_the_target_within_bounds():
     recall = torch.tensor([[0.9, 0.5, 0.99, 0.0], [0.9, 0.7, 0.99, 0.0]])
     after = steer(budget, recall, 0.9, rule)
     assert after[0] == pytest.approx(1.0)
-    assert after[1] == pytest.approx(2.0)
+    assert after[1] == pytest.approx(6**0.5)  # odds of 9 against 1.5
     assert after[2] == pytest.approx(0.7)  # no faster
-    assert after[3] == pytest.approx(10**0.5)
+    assert after[3] == 4.0  # no faster either
     for _ in range(20):
         after = steer(after, recall, 0.9, rule)
     assert after[1] == 8.0 and after[2] == 0.5

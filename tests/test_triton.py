@@ -69,9 +69,10 @@ def test_keep(device, by, limited, start):
     amount[1:] = float(by == "mass")
     most[2] = 10_000
     limits = (most, most.cpu()) if limited else (None, None)
-    found = gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=limits[0], sink=1, window=1)
+    window = torch.arange(shape[1], dtype=torch.int32, device=device) % 3
+    found = gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=limits[0], sink=1, window=window)
     on = Tiles(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in tiles))
-    wanted = keep(scores.cpu(), on, amount.cpu(), by=by, most=limits[1], sink=1, window=1)
+    wanted = keep(scores.cpu(), on, amount.cpu(), by=by, most=limits[1], sink=1, window=window.cpu())
     assert torch.equal(found.cpu(), wanted)
     assert torch.equal(found[:, 2].cpu(), on.sees().expand(2, -1, -1))
 

@@ -74,7 +74,7 @@ def keep(
     by: str,
     most: torch.Tensor | None,
     sink: int,
-    window: int,
+    window: int | torch.Tensor,
 ) -> torch.Tensor:
     """See `sparsity.keep.keep`; `whole` and `visible` are those of its tiles."""
     batch, heads, tiles, blocks = scores.shape
@@ -89,11 +89,11 @@ def keep(
         visible,
         amount,
         limit,
+        whole - window,
         heads * tiles,
         tiles,
         blocks,
         sink,
-        window,
         MASS=by == "mass",
         LIMITED=most is not None,
         BITS=_BITS,
@@ -111,11 +111,11 @@ def _keep(
     visible,
     amount,
     most,
+    near,
     lists,
     tiles,
     blocks,
     sink,
-    window,
     MASS: tl.constexpr,
     LIMITED: tl.constexpr,
     BITS: tl.constexpr,
@@ -128,7 +128,7 @@ def _keep(
     seen = tl.load(visible + tile)
     wanted = tl.load(amount + row % lists)
     score = tl.load(scores + row * blocks + at, mask=(at < blocks) & (at < seen_whole), other=0.0).to(tl.float32)
-    always = (at < seen) & ((at >= seen_whole) | (at < sink) | (at >= seen_whole - window))
+    always = (at < seen) & ((at >= seen_whole) | (at < sink) | (at >= tl.load(near + tile)))
     choice = tl.where(always, 0.0, score)
     everything = wanted <= 0
     lowest = tl.max(score, 0) * wanted

@@ -23,7 +23,7 @@ from qwen_longctx.sparsity.view import Selection, SpanView
 
 RULES: dict[str, Rule] = {"block_scores": block_scores.RULE, "vertical_slash": vertical_slash.RULE}
 
-_TRIALS = 8  # of a first budget; each moves it by at most a factor of four up, or by a third down
+_TRIALS = 3  # of a first budget; each moves it by at most a factor of four up, or by a third down
 
 
 def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -7,6 +7,7 @@ elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,36 +25,54 @@ if TYPE_CHECKING:
 
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
-SINK, WINDOW = 1, 1  # blocks kept always, beside those that a tile sees in part
-THRESHOLD = 0.02  # of a tile's best score
-LIMIT = 1.1  # blocks for each square root of the blocks seen, beyond the trained length
+SINK = 1  # blocks at the start kept always, beside those that a tile sees in part
+MASS = 0.93  # within the trained length
+# Beyond it, measured up to so many times that length: at the start and the end of the way there
+FAR = 16
+FAR_MASS = 0.85, 0.35
+NEAR = 96  # at the end; and the nearest block of so many is kept always
 
 
 def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
-    """Keep the blocks that score at least some fraction of a tile's best, `THRESHOLD`.
+    """Keep the best blocks until their scores are a share of the sum, a tile and a head at a time: `default_mass`.
 
-    Such a threshold gives every tile the number of blocks it needs. Beyond the trained length, where diffuse heads
-    would take far more than they are worth, a tile of n blocks keeps at most ``LIMIT * sqrt(n)``. With a density, mass
-    or threshold in the settings, that instead of both. A budget of b divides a threshold, and what a mass leaves out,
-    by b, and multiplies a limit by it.
+    Such a share gives every tile the number of blocks it needs. With a density, mass or threshold in the settings,
+    that instead. A budget of b divides what a mass leaves out and a threshold by b, and multiplies a density by it.
+    The blocks before a tile are kept always, see `window`.
     """
     settings, visible, budget = request.settings, view.tiles.visible, budget[:, None]
     shape = (view.heads, len(visible))
-    by: By = "threshold" if settings.mass is None else "mass"
-    if settings.mass is not None:
-        amount = 1 - (1 - settings.mass) / budget
-    elif settings.has_share:
-        amount = (settings.score_threshold or 0.0) / budget
-    else:
-        amount = THRESHOLD / budget
+    mass = settings.mass if settings.has_share else default_mass(request.times_trained)
+    by: By = "threshold" if mass is None else "mass"
+    amount = (settings.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
     most = None
     if settings.density is not None:
         most = (settings.density * budget * visible).ceil().to(torch.int32)
-    elif not settings.has_share and request.beyond_trained:
-        most = (LIMIT * budget * visible.sqrt()).ceil().to(torch.int32)
     found = view.once("scores", lambda: scores(view))
-    kept = keep(found, view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=WINDOW)
+    near = window(view.tiles, request.times_trained)
+    kept = keep(found, view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=near)
     return Selection(kept)
+
+
+def default_mass(times: float) -> float:
+    """Share of the scored mass kept on a prompt `times` as long as the model was trained to attend.
+
+    Within the trained length attention is worth keeping. Beyond it ever more of it spreads over keys at distances that
+    the model never learned to tell apart: on Qwen2.5 it costs blocks and, from 16 times that length on, likelihood.
+    """
+    if times <= 1:
+        return MASS
+    first, last = FAR_MASS
+    return first + (last - first) * min(math.log(times, FAR), 1.0)
+
+
+def window(tiles: Tiles, times: float) -> torch.Tensor:
+    """Blocks just before each tile that are kept whatever they score, shape (tiles,), int32.
+
+    One, and on long prompts a share of those seen that grows with the prompt: the more keys lie beyond the trained
+    length, the more of the likelihood is in the near ones.
+    """
+    return (tiles.whole * min(times / FAR, 1.0) / NEAR).to(torch.int32).clamp(min=1)
 
 
 def scores(view: SpanView) -> torch.Tensor:
@@ -89,4 +108,4 @@ def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     return q.unflatten(1, (-1, tiles.size // POOLED_ROWS)).mean(dim=2)
 
 
-RULE = Rule(select, start=1.0, lowest=1.0, highest=8.0, recall_target=0.5)
+RULE = Rule(select, start=1.0, lowest=1.0, highest=8.0, recall_target=0.1)

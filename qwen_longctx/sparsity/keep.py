@@ -20,7 +20,7 @@ def keep(
     by: By,
     most: torch.Tensor | None = None,
     sink: int,
-    window: int,
+    window: int | torch.Tensor,
 ) -> torch.Tensor:
     """Which blocks every tile keeps.
 
@@ -44,8 +44,10 @@ def keep(
     by : {"mass", "threshold"}
     most : torch.Tensor, optional
         Shape (heads, tiles), int32: blocks.
-    sink, window : int
+    sink : int
         Blocks.
+    window : int or torch.Tensor
+        Blocks, for all tiles or of shape (tiles,), int32.
 
     Returns
     -------
@@ -58,7 +60,7 @@ def keep(
         return gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=most, sink=sink, window=window)
     block = torch.arange(tiles.blocks, device=scores.device)
     whole = block < tiles.whole[:, None]
-    always = tiles.sees() & (~whole | (block < sink) | (block >= tiles.whole[:, None] - window))
+    always = tiles.sees() & (~whole | (block < sink) | (block >= (tiles.whole - window)[:, None]))
     scores = scores.masked_fill(~whole, 0.0)
     choice = scores.masked_fill(always, 0.0)
     everything = amount >= 1 if by == "mass" else amount <= 0

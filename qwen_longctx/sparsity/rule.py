@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 
 
 def steer(budget: torch.Tensor, recall: torch.Tensor, target: float, rule: Rule) -> torch.Tensor:
-    """Budgets for the next span: what a head missed against what it may miss, to the power of one half.
+    """Budgets for the next span: times the odds of the target against those of the recall, to the power of one half.
 
     Parameters
     ----------
@@ -48,8 +48,9 @@ def steer(budget: torch.Tensor, recall: torch.Tensor, target: float, rule: Rule)
         Recall wanted, below 1.
     rule : Rule
     """
-    missed = (1 - recall.mean(dim=0)).clamp(min=0).to(budget)
-    factor = (missed / (1 - target)).sqrt().clamp(min=_SLOWEST, max=_FASTEST)
+    found = recall.mean(dim=0).clamp(min=0, max=1).to(budget)
+    odds = (1 - found) / found.clamp(min=torch.finfo(found.dtype).tiny) * target / (1 - target)
+    factor = odds.sqrt().clamp(min=_SLOWEST, max=_FASTEST)
     return (budget * factor).clamp(min=rule.lowest, max=rule.highest)
 
 

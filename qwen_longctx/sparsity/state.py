@@ -44,9 +44,9 @@ class Request:
     length: int
 
     @property
-    def beyond_trained(self) -> bool:
-        """Whether the prompt is longer than the model was trained to attend."""
-        return self.length > self.settings.original_max_position_embeddings
+    def times_trained(self) -> float:
+        """Length of the prompt, in lengths that the model was trained to attend."""
+        return self.length / self.settings.original_max_position_embeddings
 
     @property
     def dense_end(self) -> int:
