@@ -49,12 +49,12 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling:
         Of the table.
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    angles = positions[..., None].to(exact) * inv_freq.to(device=positions.device, dtype=exact)
-    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-    return Rotation(
-        torch.cat((cos, cos), dim=-1)[:, :, None].to(dtype),
-        torch.cat((-sin, sin), dim=-1)[:, :, None].to(dtype),
-    )
+    angles = positions[..., None, None].to(exact) * inv_freq.to(positions.device)
+    angles = torch.cat((-angles, angles), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    if attention_scaling != 1:
+        cos, sin = cos * attention_scaling, sin * attention_scaling
+    return Rotation(cos.to(dtype), sin.to(dtype))
 
 
 def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:

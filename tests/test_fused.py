@@ -1,17 +1,43 @@
-"""Norms and MLPs of long prompts by Liger-Kernel: the stock functions to rounding."""
+"""Norms and MLPs in fewer passes: the stock functions to rounding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from helpers import tiny_model
 from qwen_longctx import patched_qwen
 from qwen_longctx.kernels import fused
 
 
-def test_nothing_is_fused_without_cuda():
+def test_nothing_is_left_to_liger_without_cuda():
     assert not fused.pays(torch.empty(1 << 21))
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
+def test_short_norms_round_as_the_stock_norm_does(device, dtype, weight_dtype):
+    norm = Qwen2RMSNorm(512, 1e-6).to(device, weight_dtype or dtype)
+    norm.weight.copy_(torch.randn(512))
+    x = (3 * torch.randn(2, 9, 512, device=device)).to(dtype)
+    found, wanted = fused.rms_norm(x, norm.weight, 1e-6), norm(x)
+    assert found.dtype == wanted.dtype
+    # sums of another order may turn a rounding, one place in the last bit
+    torch.testing.assert_close(found, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
+    if dtype != torch.float32:
+        assert (found != wanted).float().mean() <= 0.01
+
+
+def test_a_norm_under_autocast_keeps_its_dtype():
+    norm, x = Qwen2RMSNorm(64).bfloat16(), torch.randn(3, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.rms_norm(x, norm.weight, 1e-6).dtype == norm(x).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

@@ -345,7 +345,7 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     ]
 
 
-DENSITIES = {32768: 0.23, 65536: 0.08, 131072: 0.045, 262144: 0.03, 524288: 0.026, 1_000_000: 0.02}
+DENSITIES = {32768: 0.3, 65536: 0.12, 131072: 0.045, 262144: 0.03, 524288: 0.02, 1_000_000: 0.02}
 DENSE = {"sparse": "off"}
 
 
