@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qwen_longctx import kernels
 from qwen_longctx.kernels.merge import merge
 from qwen_longctx.kernels.reference import reference, weights
+from qwen_longctx.kernels.sdpa import roomless
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [
@@ -121,3 +122,11 @@ def test_merge_in_slices(monkeypatch):
     monkeypatch.setattr(importlib.import_module("qwen_longctx.kernels.merge"), "TOKENS_AT_A_TIME", 7)
     for a, b in zip(whole, merge(parts), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_strides_of_one_row_do_not_depend_on_the_room_of_its_cache():
+    rows = {rows: [torch.zeros(rows, room, 2, 8)[:, :30] for room in (30, 40)] for rows in (1, 2)}
+    found = {rows: [roomless(x) for x in views] for rows, views in rows.items()}
+    assert found[1][0].stride() == found[1][1].stride() != rows[1][1].stride()
+    assert all(torch.equal(a, b) and a.data_ptr() == b.data_ptr() for a, b in zip(found[1], rows[1], strict=True))
+    assert all(a is b for a, b in zip(found[2], rows[2], strict=True))

@@ -176,7 +176,7 @@ def _raw_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
 
 
 def stock(
-    lengths: list[int], device: torch.device, tiny: bool = False, rounds: int = 3, new_tokens: int = 32
+    lengths: list[int], device: torch.device, tiny: bool = False, rounds: int = 5, new_tokens: int = 32
 ) -> Iterator[dict[str, Any]]:
     """Patched against stock transformers (SDPA) through plain generate: seconds of the prefill, and of a decoded token.
 
@@ -420,7 +420,7 @@ def _compile_kernels(model: Qwen2ForCausalLM, longest: int, device: torch.device
     while tokens < 2 * longest:
         tiles = Tiles.of(Span(tokens - 1, tokens, ()), 128, device)
         nothing = torch.zeros(1, 1, 1, tiles.blocks, device=device)
-        keep(nothing, tiles, nothing[0, :, 0], by="threshold", most=tiles.visible[:, None], sink=1, window=1)
+        keep(nothing, tiles, nothing[0, :, :, 0], by="threshold", most=tiles.visible[:, None], sink=1, window=1)
         tokens *= 2
 
 
