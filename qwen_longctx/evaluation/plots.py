@@ -36,8 +36,11 @@ def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length
     return figure
 
 
+_DEFAULT = {"marker": "*", "markersize": 14, "zorder": 3}  # a rule as it is, over its variants
+
+
 def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """NLL above dense and agreement with it against density, a column for each length.
+    """NLL above dense and agreement with it against density, a column for each length; a star for a rule by default.
 
     Parameters
     ----------
@@ -56,7 +59,10 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     )
     points = _points(rows)
     names = sorted({name for name, _ in points})
-    styles = {name: {"marker": "o", "color": f"C{number}", "label": name} for number, name in enumerate(names)}
+    styles = {
+        name: {"color": f"C{number}", "label": name, **({"marker": "o"} if ":" in name else _DEFAULT)}
+        for number, name in enumerate(names)
+    }
     for column, tokens in enumerate(lengths):
         for name in names:
             found = sorted(points.get((name, tokens), []))
