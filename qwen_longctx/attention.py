@@ -100,7 +100,7 @@ def _attend_span(
         request.observe_dense(call.layer, span, q.shape[0] * q.shape[2])
     elif request is not None:
         pieces = tuple(Piece(segment, turned(segment.kind)) for segment in span.segments)
-        tiles = Tiles.of(span, request.settings.tile, q.device)
+        tiles = request.tiles(span, q.device)
         return sparsity.attend(*_view(q, k, v, call, group, tiles, span, pieces), request)
     kernel = kernels.get(plan.kernel)
     parts = []

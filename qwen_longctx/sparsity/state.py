@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.positions import Span
 from qwen_longctx.sparsity.budgets import HeadBudgets
 from qwen_longctx.sparsity.rule import Rule, steer
-from qwen_longctx.sparsity.tiles import pairs_of
+from qwen_longctx.sparsity.tiles import Tiles, pairs_of
 
 _DENSE_TILES = 2
 _TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
@@ -42,6 +42,7 @@ class Request:
     head_budgets: HeadBudgets | None
     state: SparseState
     length: int
+    _tiles: dict[tuple[Span, torch.device], Tiles] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def times_trained(self) -> float:
@@ -57,6 +58,13 @@ class Request:
         """Whether a span is prefilled sparsely: a tile or more, not the prompt's end, with keys from position 0 on."""
         long = span.stop - span.start >= self.settings.tile
         return long and span.start < dense_from and span.segments[-1].key_start == 0
+
+    def tiles(self, span: Span, device: torch.device) -> Tiles:
+        """The tiles of a span, worked out once for all layers of a device."""
+        key = span, device
+        if key not in self._tiles:
+            self._tiles[key] = Tiles.of(span, self.settings.tile, device)
+        return self._tiles[key]
 
     def observe_dense(self, layer: int, span: Span, lists: int) -> None:
         """Count a span that was prefilled densely, of so many rows times heads."""
