@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ def _quality(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    if find_spec("matplotlib") is None:
+        raise ImportError("plot needs matplotlib, which is not installed: pip install matplotlib")
     rows = [row for path in args.results for row in json.loads(Path(path).read_text()).get("rows", [])]
     for drawing, key in ((plots.quality_by_density, "variant"), (plots.time_by_length, "sparse_seconds")):
         if rows and all(key in row for row in rows):

@@ -99,6 +99,12 @@ def test_plot_command(tmp_path, capsys):
         assert "give files of quality, or of bench speed" in capsys.readouterr().err
 
 
+def test_plot_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setattr("qwen_longctx.cli.find_spec", lambda name: None)
+    assert main(["plot", "any.json", "--output", "any.png"]) == 2
+    assert "plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
 def test_environment(tmp_path):
     path = write_results(tmp_path / "x.json", {"rows": []})
     assert json.loads(path.read_text())["environment"] == environment()
