@@ -30,11 +30,11 @@ class PatchedMethod:
 
     def as_function(self) -> Callable[..., Any]:
         """A plain function with the stock signature, to stand on a class or to be bound to an instance."""
-        patched, function = self, self.function
+        patched = self
 
         @functools.wraps(self.stock)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return function(patched, self, *args, **kwargs)
+            return patched.function(patched, self, *args, **kwargs)
 
         method.qwen_longctx = self  # type: ignore[attr-defined]
         return method

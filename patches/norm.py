@@ -14,4 +14,6 @@ def norm_forward(patched: PatchedMethod, self: Any, hidden_states: torch.Tensor)
     """The stock norm; `hidden_states` of shape (..., hidden)."""
     if hidden_states.dtype == torch.float64:  # which the stock norm works out in float32
         return patched.stock(self, hidden_states)
-    return fused.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    liger = fused.pays(hidden_states) and self.weight.dtype == hidden_states.dtype
+    norm = fused.rms_norm if liger else fused.short_rms_norm
+    return norm(hidden_states, self.weight, self.variance_epsilon)

@@ -171,7 +171,7 @@ def make_plan(
 
 def _rows(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, tokens: int, cached: int) -> list[Row]:
     """Geometry of every row. One transfer to the host where nothing is padded."""
-    index = torch.arange(cached, cached + tokens, device=position_ids.device) if tokens > 1 else cached
+    index = torch.arange(cached, cached + tokens, device=position_ids.device)
     low, high = torch.aminmax(index - position_ids)
     full = torch.ones_like(low) if mask is None else mask.all().to(low)
     offset, highest, unpadded = torch.stack((low, high, full)).tolist()

@@ -1,14 +1,16 @@
-"""Tiny random models of every family."""
+"""Tiny random models of every family, and the devices that tests run on."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GEOMETRY = {"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 64}
 CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
 FAMILIES = [f for f in CLASSES if f != "qwen2_moe" or Version(transformers.__version__) >= Version("5.0")]

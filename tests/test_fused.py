@@ -6,16 +6,13 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from helpers import tiny_model
+from helpers import DEVICES, tiny_model
 from qwen_longctx import patched_qwen
 from qwen_longctx.kernels import fused
 
 
 def test_nothing_is_left_to_liger_without_cuda():
     assert not fused.pays(torch.empty(1 << 21))
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @torch.no_grad()
@@ -26,7 +23,7 @@ def test_short_norms_round_as_the_stock_norm_does(device, dtype, weight_dtype):
     norm = Qwen2RMSNorm(512, 1e-6).to(device, weight_dtype or dtype)
     norm.weight.copy_(torch.randn(512))
     x = (3 * torch.randn(2, 9, 512, device=device)).to(dtype)
-    found, wanted = fused.rms_norm(x, norm.weight, 1e-6), norm(x)
+    found, wanted = fused.short_rms_norm(x, norm.weight, 1e-6), norm(x)
     assert found.dtype == wanted.dtype
     # sums of another order may turn a rounding, one place in the last bit
     torch.testing.assert_close(found, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
@@ -37,7 +34,7 @@ def test_short_norms_round_as_the_stock_norm_does(device, dtype, weight_dtype):
 def test_a_norm_under_autocast_keeps_its_dtype():
     norm, x = Qwen2RMSNorm(64).bfloat16(), torch.randn(3, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused.rms_norm(x, norm.weight, 1e-6).dtype == norm(x).dtype == torch.bfloat16
+        assert fused.short_rms_norm(x, norm.weight, 1e-6).dtype == norm(x).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

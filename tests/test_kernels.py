@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import DEVICES
 from qwen_longctx import kernels
 from qwen_longctx.kernels.merge import merge
 from qwen_longctx.kernels.reference import reference, weights
@@ -21,7 +22,6 @@ SHAPES = [
     (2, 1, 33, 7, 1),
     (1, 300, 411, 4, 2),
 ]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def draw(shape, dtype, device="cpu", head_dim=64):

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU in one pass over memory, by Liger-Kernel where it is installed (extra ``flash``) and pays."""
+"""RMSNorm and SwiGLU in one pass over memory, by Liger-Kernel where it is installed (extra ``flash``); short norms."""
 
 from __future__ import annotations
 
@@ -35,19 +35,23 @@ def runs(x: torch.Tensor) -> bool:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """``weight * x / sqrt(mean(x²) + epsilon)`` over the last dimension, normalised in float32 and rounded as in Qwen2.
 
-    Where Liger-Kernel does not pay, as in decode, PyTorch's kernel and a product: fewer launches than the stock norm.
-
     Parameters
     ----------
     x : torch.Tensor
         Shape (..., hidden).
     weight : torch.Tensor
-        Shape (hidden,).
+        Shape (hidden,), of the dtype of `x`.
     epsilon : float
     """
-    if not pays(x) or weight.dtype != x.dtype:
-        return weight * functional.rms_norm(x, x.shape[-1:], eps=epsilon).to(x.dtype)  # autocast would leave float32
     return _liger().LigerRMSNormFunction.apply(x, weight, epsilon, 0.0, "llama", False)
+
+
+def short_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`rms_norm` by PyTorch's kernel and a product, on any device and for a weight of any dtype.
+
+    Where Liger-Kernel does not pay, as in decode: fewer launches than the stock norm, rounded alike.
+    """
+    return weight * functional.rms_norm(x, x.shape[-1:], eps=epsilon).to(x.dtype)  # autocast would leave float32
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

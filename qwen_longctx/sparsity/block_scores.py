@@ -27,10 +27,9 @@ MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
 SINK = 1  # blocks at the start kept always, beside those that a tile sees in part
 MASS = 0.93  # within the trained length
-# Beyond it, measured up to so many times that length: at the start and the end of the way there
-FAR = 16
-FAR_MASS = 0.85, 0.35
-NEAR = 96  # at the end; and the nearest block of so many is kept always
+FAR = 16  # times that length: beyond it the rule changes until there, and was measured until there
+FAR_MASS = 0.85, 0.35  # just beyond the trained length, and at FAR
+NEAR = 96  # at FAR the nearest of so many blocks is kept always, before it fewer
 
 
 def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
@@ -41,7 +40,6 @@ def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
     The blocks before a tile are kept always, see `window`.
     """
     settings, visible, budget = request.settings, view.tiles.visible, budget[:, None]
-    shape = (view.heads, len(visible))
     mass = settings.mass if settings.has_share else default_mass(request.times_trained)
     by: By = "threshold" if mass is None else "mass"
     amount = (settings.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
@@ -50,7 +48,7 @@ def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
         most = (settings.density * budget * visible).ceil().to(torch.int32)
     found = view.once("scores", lambda: scores(view))
     near = window(view.tiles, request.times_trained)
-    kept = keep(found, view.tiles, amount.expand(shape), by=by, most=most, sink=SINK, window=near)
+    kept = keep(found, view.tiles, amount, by=by, most=most, sink=SINK, window=near)
     return Selection(kept)
 
 

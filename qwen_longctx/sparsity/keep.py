@@ -40,10 +40,10 @@ def keep(
         Shape (batch, heads, tiles, blocks), not negative; read for blocks that are seen whole.
     tiles : Tiles
     amount : torch.Tensor
-        Shape (heads, tiles), floating point.
+        Shape (heads, tiles) or one that expands to it, floating point.
     by : {"mass", "threshold"}
     most : torch.Tensor, optional
-        Shape (heads, tiles), int32: blocks.
+        Likewise, int32: blocks.
     sink : int
         Blocks.
     window : int or torch.Tensor
