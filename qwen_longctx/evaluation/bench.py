@@ -7,6 +7,7 @@ medians of interleaved repeats after a warm-up of every shape.
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, sparsity
 from qwen_longctx.attention import attend
 from qwen_longctx.plan import RotarySource, make_plan
-from qwen_longctx.positions import Span
 from qwen_longctx.rotary import rotate
-from qwen_longctx.sparsity.keep import keep
-from qwen_longctx.sparsity.tiles import Tiles
 
 SHAPE_7B = {
     "vocab_size": 152064,
@@ -182,13 +180,14 @@ def stock(
 
     Two models of the same weights, one of them patched, generate at the same time and take turns token by token, so
     that a noisy host hits both alike. Stock attention may plan anew for every length that it has not met, as cuDNN
-    does: "decode" are the tokens of the first round, as a user meets them, "decode_again" those of later rounds.
+    does: "decode" are the tokens of the first round, as a user meets them, "decode_again" those of later rounds. Both
+    threads share one core where the system allows: cores of a busy host differ by half, for seconds on end.
     """
     model = random_model(device, tiny)
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     models = {"stock": model, "patched": patch_qwen(copy.deepcopy(model, shared))}
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:  # plans are kept by thread
-        threads = dict(zip(models, (one, two), strict=True))
+    with ThreadPoolExecutor(1, initializer=_pin) as one, ThreadPoolExecutor(1, initializer=_pin) as two:
+        threads = dict(zip(models, (one, two), strict=True))  # two, because cuDNN's plans are kept by thread
         for length in lengths:
             ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
             parts = ("prefill", "decode", "decode_again")
@@ -207,6 +206,12 @@ def stock(
                 **{name: round(value, 4) for name, value in ratios.items()},
                 "seconds": {name: [round(value, 5) for value in values] for name, values in seconds.items()},
             }
+
+
+def _pin() -> None:
+    """Keep this thread on the last core of those that the process may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 class Turn(BaseStreamer):
@@ -345,7 +350,7 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     ]
 
 
-DENSITIES = {32768: 0.3, 65536: 0.12, 131072: 0.045, 262144: 0.03, 524288: 0.02, 1_000_000: 0.02}
+DENSITIES = {32768: 0.29, 65536: 0.085, 131072: 0.042, 262144: 0.026, 524288: 0.018, 1_000_000: 0.02}
 DENSE = {"sparse": "off"}
 _ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
 
@@ -380,13 +385,13 @@ def speed(
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     """
     model = random_model(device, tiny)
-    _compile_kernels(model, max(lengths), device)
     for length in lengths:
         share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
         sparse = {"sparse": "block_scores", "density": share, "recall_target": _ANY_RECALL}
         sparse["sparse_attention_threshold"] = min(length - 1, 32767)
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         row: dict[str, Any] = {"tokens": length, "density_asked": share}
+        _warm_up(ids, [sparse, DENSE, *([None] if length <= whole_up_to else [])], device, tiny)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with Breakdown(model, device) as clock:
@@ -409,22 +414,13 @@ def speed(
         yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _compile_kernels(model: Qwen2ForCausalLM, longest: int, device: torch.device) -> None:
-    """Run every kernel once, on a short prompt of several small chunks: kernels are compiled once a process.
-
-    Keeping blocks is compiled for each power of two of them.
-    """
-    ids = torch.ones(1, 8192, dtype=torch.long, device=device)
-    small = {"chunk_size": 4096, "local_size": 1024, "prefill_chunk_size": 4096}
-    for how in ({"sparse": "block_scores", "density": 0.5, "sparse_attention_threshold": 4096}, DENSE):
-        _first_token(model, ids, {**small, **how}, device)
-    _first_token(model, ids, None, device)
-    tokens = 1024
-    while tokens < 2 * longest:
-        tiles = Tiles.of(Span(tokens - 1, tokens, ()), 128, device)
-        nothing = torch.zeros(1, 1, 1, tiles.blocks, device=device)
-        keep(nothing, tiles, nothing[0, :, :, 0], by="threshold", most=tiles.visible[:, None], sink=1, window=1)
-        tokens *= 2
+def _warm_up(ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool) -> None:
+    """Every run of a length on one layer: kernels are compiled, and cuDNN plans, once a process for every shape."""
+    model = random_model(device, tiny, layers=1)
+    for overrides in runs:
+        _first_token(model, ids, overrides, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the long run finds its memory in one piece
 
 
 def _first_token(
@@ -447,7 +443,6 @@ def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int,
     times = []
     for count in (layers, 2 * layers):
         model = random_model(device, tiny, layers=count)
-        _first_token(model, ids[:, : LongContextConfig.prefill_chunk_size], DENSE, device)
         times.append(_first_token(model, ids, DENSE, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers
