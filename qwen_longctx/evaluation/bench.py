@@ -350,6 +350,7 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
     ]
 
 
+# with the dense spans of a run, no less than block scores keep of real text by default (results/quality*.json)
 DENSITIES = {32768: 0.29, 65536: 0.085, 131072: 0.042, 262144: 0.026, 524288: 0.018, 1_000_000: 0.02}
 DENSE = {"sparse": "off"}
 _ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
@@ -368,7 +369,7 @@ def speed(
 
     Random weights attend evenly, so sparse runs block scores at a fixed density, steered towards a recall that every
     head has: the work of a run by default that keeps as much, trials of first budgets included. The breakdown is of
-    the same run, by events that wait for nothing.
+    the same run, by events that wait for nothing. Every length is warmed up on one layer before.
 
     Parameters
     ----------

@@ -52,6 +52,7 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     matplotlib.figure.Figure
     """
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     lengths = sorted({row["tokens"] for row in rows})
     figure, axes = pyplot.subplots(
@@ -74,6 +75,7 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes[0, column].set_title(f"{tokens:,} tokens")
         axes[1, column].set_xlabel("blocks kept, %")
         axes[1, column].set_xscale("log")
+        axes[1, column].xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for formatter in (axes[1, column].xaxis.set_major_formatter, axes[1, column].xaxis.set_minor_formatter):
             formatter("{x:g}")
     axes[0, 0].set_ylabel("NLL above dense, nats a token")
