@@ -440,7 +440,10 @@ def _first_token(
 
 
 def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int, of: int) -> float:
-    """Seconds of `of` layers from the slope between `layers` and twice as many."""
+    """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
+
+    Were planning in the first time only, the slope would lose it once for every layer.
+    """
     times = []
     for count in (layers, 2 * layers):
         model = random_model(device, tiny, layers=count)

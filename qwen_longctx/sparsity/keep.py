@@ -58,7 +58,6 @@ def keep(
         from qwen_longctx.kernels import gpu
 
         return gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=most, sink=sink, window=window)
-    amount = amount.expand(scores.shape[1:3])
     block = torch.arange(tiles.blocks, device=scores.device)
     whole = block < tiles.whole[:, None]
     always = tiles.sees() & (~whole | (block < sink) | (block >= (tiles.whole - window)[:, None]))
