@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="passkeys far beyond the trained length, offline, in about a minute")
+    demo.add_argument("--output", help="results file (JSON)")
     demo.set_defaults(run=_demo)
 
     keys = commands.add_parser("passkey", help="passkey retrieval of a checkpoint by length and depth")
@@ -133,10 +134,14 @@ def _demo(args: argparse.Namespace) -> None:
                 shares.update(passkey.accuracy(passkey.evaluate(model, tokenizer, [multiple * trained], depths)))
     print(f"Passkeys found by the bundled checkpoint, trained to {trained} tokens:\n")
     print(f"{'tokens':>10} {'':>6} {'prompts':>8} {'unpatched':>10} {'patched':>9}")
+    rows = []
     for multiple, prompts in DEMO_CELLS:
         tokens = multiple * trained
         stock, ours = found["unpatched"][tokens], found["patched"][tokens]
         print(f"{tokens:>10,} {f'{multiple}x':>6} {prompts:>8} {stock:>10.0%} {ours:>9.0%}")
+        rows.append({"tokens": tokens, "prompts": prompts, "unpatched": stock, "patched": ours})
+    if args.output:
+        write_results(args.output, {"model": BUNDLED.name, "trained_length": trained, "rows": rows})
 
 
 def _passkey(args: argparse.Namespace) -> None:

@@ -13,13 +13,15 @@ from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation.environment import environment, write_results
 
 
-def test_demo(capsys, monkeypatch):
+def test_demo(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "DEMO_CELLS", ((1, 2), (4, 2)))
-    assert main(["demo"]) == 0
+    assert main(["demo", "--output", str(tmp_path / "demo.json")]) == 0
     table = capsys.readouterr().out
     assert "trained to 256 tokens" in table
     assert [line.split()[:3] for line in table.splitlines()[-2:]] == [["256", "1x", "2"], ["1,024", "4x", "2"]]
     assert [line.split()[-1] for line in table.splitlines()[-2:]] == ["100%", "100%"]
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [(row["tokens"], row["prompts"], row["patched"]) for row in rows] == [(256, 2, 1.0), (1024, 2, 1.0)]
 
 
 def test_passkey(tmp_path, capsys):
