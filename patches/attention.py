@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_longctx import attention
-from qwen_longctx.cache import LongContextCache
+from qwen_longctx.attention import dense as attention
+from qwen_longctx.geometry.layout import Plan
+from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.plan import Plan
-from qwen_longctx.rotary import rotate
 
 IMPLEMENTATION = "qwen_dca"
 

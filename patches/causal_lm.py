@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from qwen_longctx import prefill
-from qwen_longctx.cache import LongContextCache
-from qwen_longctx.patches.method import PatchedMethod
+from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.patches.method import PatchedMethod, set_cache
 from qwen_longctx.patches.model import cached_tokens, check_cache_type, padding_mask
+from qwen_longctx.prefill import schedule as prefill
 
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -36,7 +36,7 @@ def causal_lm_forward(
         or torch.is_grad_enabled()
         or any(kwargs.get(name) or getattr(self.config, name, False) for name in _WHOLE_ONLY)
     ):
-        return patched.stock(
+        return patched.call(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -73,7 +73,7 @@ def causal_lm_forward(
         )
         outputs.logits = outputs.logits[:, _kept(logits_to_keep, inputs.shape[1])]
     if use_cache is False or (use_cache is None and not self.config.use_cache):
-        outputs.past_key_values = None
+        set_cache(outputs, None)
     wants_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
     return outputs if wants_dict else outputs.to_tuple()
 
@@ -107,7 +107,7 @@ def _in_chunks(
         part = dict(kwargs)
         if cache_position is not None:
             part["cache_position"] = cache_position[start:stop]
-        outputs = patched.stock(
+        outputs = patched.call(
             model,
             **{name: inputs[:, start:stop]},
             attention_mask=None if attention_mask is None else attention_mask[:, : cached + stop],

@@ -14,7 +14,7 @@ from packaging.version import Version
 from qwen_longctx.patches.attention import attention_forward
 from qwen_longctx.patches.causal_lm import causal_lm_forward
 from qwen_longctx.patches.generation import generate
-from qwen_longctx.patches.method import patched_method
+from qwen_longctx.patches.method import _RENAMED, OLD_NAME, patched_method
 from qwen_longctx.patches.mlp import mlp_forward
 from qwen_longctx.patches.model import model_forward
 from qwen_longctx.patches.norm import norm_forward
@@ -31,7 +31,7 @@ class Replacement(NamedTuple):
     needs: tuple[str, ...]
 
 
-_STATE = ("attention_mask", "past_key_values")
+_STATE = ("attention_mask", "cache" if _RENAMED else OLD_NAME)
 _REQUEST = ("input_ids", *_STATE, "position_ids", "inputs_embeds", "use_cache", "kwargs")
 REPLACEMENTS = (
     Replacement("Attention", "forward", attention_forward, ("hidden_states", "position_embeddings", *_STATE, "kwargs")),

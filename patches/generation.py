@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from qwen_longctx import memory
-from qwen_longctx.cache import LongContextCache
+from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import cached_tokens, check_cache_type, check_static_cache, masks_left_2d, padding_mask
+from qwen_longctx.prefill import memory
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     if isinstance(cache, LongContextCache) and prompt is not None:
         cache.prompt_length = prompt.shape[1] + (cached_tokens(cache) if "inputs_embeds" in kwargs else 0)
     with masks_left_2d(self.config):
-        return patched.stock(self, inputs, generation_config=generation_config, **kwargs)
+        return patched.call(self, inputs=inputs, generation_config=generation_config, **kwargs)
 
 
 def _prompt(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -12,9 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
 from qwen_longctx.config import LongContextConfig, head_dim
+from qwen_longctx.geometry.layout import Plan, RotarySource, make_plan
 from qwen_longctx.patches.attention import IMPLEMENTATION
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.plan import Plan, RotarySource, make_plan
 from qwen_longctx.sparsity.state import Request, state_of
 
 logger = transformers_logging.get_logger(__name__)
@@ -65,7 +65,7 @@ def model_forward(
         sparse=sparse,
     )
     with masks_left_2d(self.config):
-        outputs = patched.stock(
+        outputs = patched.call(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,

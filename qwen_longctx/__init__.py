@@ -8,21 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 _here = Path(__file__).resolve().parent
 if not (_here / "patches").is_dir():  # a checkout that is not installed: setup.cfg maps ../patches to this package
     __path__.append(str(_here.parent))
 
-import qwen_longctx.patches as patches  # noqa: E402
-from qwen_longctx.cache import LongContextCache  # noqa: E402
-from qwen_longctx.config import LongContextConfig  # noqa: E402
+if TYPE_CHECKING:
+    from qwen_longctx.config import LongContextConfig
+    from qwen_longctx.kv.hf_cache import LongContextCache
 
 __version__ = "0.1.0"
 __all__ = ["LongContextCache", "LongContextConfig", "patch_qwen", "patched_qwen", "unpatch_qwen"]
 
+_LATE = {"LongContextCache": "qwen_longctx.kv.hf_cache", "LongContextConfig": "qwen_longctx.config"}
+
 Model = TypeVar("Model")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is asked for: importing a part of the package does not import transformers."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)
 
 
 def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
@@ -47,18 +57,24 @@ def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
     ImportError, RuntimeError
         The installed transformers is outside the supported range, or its code has changed.
     """
+    from qwen_longctx import patches
+
     patches.apply(model, overrides)  # type: ignore[arg-type]
     return model
 
 
 def unpatch_qwen(model: Any = None) -> None:
     """Undo `patch_qwen` of the same argument exactly; nothing happens where nothing is patched."""
+    from qwen_longctx import patches
+
     patches.revert(model)
 
 
 @contextmanager
 def patched_qwen(model: Any = None, **overrides: Any) -> Iterator[Any]:
     """Patch for the length of a ``with`` block, then restore what was there, an earlier patch included."""
+    from qwen_longctx import patches
+
     before = patches.current_overrides(model)
     patch_qwen(model, **overrides)
     try:

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from definition import _pair_logits
 from qwen_longctx import LongContextConfig, sparsity
-from qwen_longctx.attention import attend
-from qwen_longctx.plan import RotarySource, make_plan
-from qwen_longctx.rotary import rotate
+from qwen_longctx.attention.dense import attend
+from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.sparsity.state import SparseState
 
 DIM = 16

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from definition import dual_chunk_attention
 from qwen_longctx import LongContextConfig
-from qwen_longctx.attention import attend, weights
-from qwen_longctx.plan import RotarySource, make_plan
-from qwen_longctx.rotary import rotate
+from qwen_longctx.attention.dense import attend, weights
+from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.rotary import rotate
 
 HEAD_DIM = 8
 ROTARY = RotarySource(100.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM), 1.0)

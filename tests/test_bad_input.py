@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from helpers import GEOMETRY, tiny_model
-from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, patches
+from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen, patches
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import passkey
 
@@ -169,7 +169,7 @@ def test_dropout_in_training():
 
 def test_unknown_kernel():
     with pytest.raises(ValueError, match="kernel must be one of auto, fa4, flex, sdpa, reference, got 'flash'"):
-        kernels.get("flash")
+        ops.get("flash")
 
 
 def test_the_error_of_a_context_manager_leaves_the_earlier_patch():

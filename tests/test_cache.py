@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
-from qwen_longctx.cache import LongContextLayer
+from qwen_longctx.kv.hf_cache import LongContextLayer
 
 
 def states(tokens, batch=2):
@@ -118,7 +118,7 @@ def test_empty_cache():
 @torch.no_grad()
 def test_no_reallocation_in_a_run(monkeypatch):
     """generate makes room once: as many allocations as layers, whatever the chunks and new tokens."""
-    from qwen_longctx import cache as module
+    from qwen_longctx.kv import hf_cache as module
 
     taken = []
     original = module._empty

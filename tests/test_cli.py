@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_longctx import cli, kernels, sparsity
+from qwen_longctx import cli, ops, sparsity
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation.environment import environment, write_results
 
@@ -81,13 +81,13 @@ def test_bench(what, tmp_path, capsys):
 
 def test_bench_projects_dense(tmp_path):
     """And leaves everything that it wrapped as it was."""
-    before = dict(sparsity.RULES), dict(kernels._LIST_KERNELS), sparsity.compact, sparsity.SpanView.full_lse
+    before = dict(sparsity.RULES), dict(ops._LIST_KERNELS), sparsity.compact, sparsity.SpanView.full_lse
     output = tmp_path / "bench.json"
     command = ["bench", "speed", "--tiny", "--lengths", "400", "--density", "0.5", "--dense-layers", "1"]
     assert main([*command, "--whole-up-to", "300", "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["dense_is"] == "projected from 1 and 2 layers at full length" and row["density_asked"] == 0.5
-    assert before == (sparsity.RULES, kernels._LIST_KERNELS, sparsity.compact, sparsity.SpanView.full_lse)
+    assert before == (sparsity.RULES, ops._LIST_KERNELS, sparsity.compact, sparsity.SpanView.full_lse)
 
 
 def test_plot_command(tmp_path, capsys):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import DEVICES
-from qwen_longctx import kernels
-from qwen_longctx.kernels.merge import merge
-from qwen_longctx.kernels.reference import reference, weights
-from qwen_longctx.kernels.sdpa import roomless
+from qwen_longctx import ops
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.ops.reference import reference, weights
+from qwen_longctx.ops.sdpa import roomless
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [
@@ -51,7 +51,7 @@ def test_kernel(name, dtype, causal, shape, device):
     q, k, v = draw(shape, dtype, device)
     true_out, true_lse = plain(q.double(), k.double(), v.double(), causal, 0.125)
     plain_out, _ = plain(q, k, v, causal, 0.125)
-    out, lse = kernels.get(name)(q, k, v, causal=causal, scale=0.125)
+    out, lse = ops.get(name)(q, k, v, causal=causal, scale=0.125)
     # float64 has no better judge than itself: there, some rounding steps
     allowed = 2 * (plain_out - true_out).abs().max() + (64 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
     assert (out - true_out).abs().max() <= allowed
@@ -63,7 +63,7 @@ def test_kernel(name, dtype, causal, shape, device):
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
 def test_no_keys_give_zero_and_minus_infinity(name):
     q, k, v = draw((1, 4, 6, 4, 2), torch.float32)
-    out, lse = kernels.get(name)(q, k[:, :0], v[:, :0], causal=False, scale=1.0)
+    out, lse = ops.get(name)(q, k[:, :0], v[:, :0], causal=False, scale=1.0)
     assert not out.any() and bool((lse == -torch.inf).all())
 
 
@@ -71,7 +71,7 @@ def test_no_keys_give_zero_and_minus_infinity(name):
 def test_rows_before_all_keys_are_empty(name):
     """More queries than keys under a causal mask: the first rows meet nothing."""
     q, k, v = draw((1, 6, 4, 4, 2), torch.float32)
-    out, lse = kernels.get(name)(q, k, v, causal=True, scale=1.0)
+    out, lse = ops.get(name)(q, k, v, causal=True, scale=1.0)
     assert not out[:, :2].any() and bool((lse[..., :2] == -torch.inf).all())
     assert out[:, 2:].abs().sum() > 0 and bool(lse[..., 2:].isfinite().all())
 
@@ -81,7 +81,7 @@ def test_reference_in_slices_is_the_same(monkeypatch):
 
     q, k, v = draw((2, 17, 23, 4, 2), torch.float64)
     whole = reference(q, k, v, causal=True, scale=0.3)
-    monkeypatch.setattr(importlib.import_module("qwen_longctx.kernels.reference"), "_LOGITS_AT_A_TIME", 400)
+    monkeypatch.setattr(importlib.import_module("qwen_longctx.ops.reference"), "_LOGITS_AT_A_TIME", 400)
     for a, b in zip(whole, reference(q, k, v, causal=True, scale=0.3), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -95,7 +95,7 @@ def test_weights_are_those_of_the_definition():
 
 def test_unknown_kernel():
     with pytest.raises(ValueError, match="kernel must be one of .*got 'fast'"):
-        kernels.get("fast")
+        ops.get("fast")
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,7 +119,7 @@ def test_merge_in_slices(monkeypatch):
     q, k, v = draw((1, 50, 40, 4, 2), torch.float64)
     parts = [reference(q, k[:, a:b], v[:, a:b], causal=False, scale=0.3) for a, b in ((0, 11), (11, 40))]
     whole = merge(parts)
-    monkeypatch.setattr(importlib.import_module("qwen_longctx.kernels.merge"), "TOKENS_AT_A_TIME", 7)
+    monkeypatch.setattr(importlib.import_module("qwen_longctx.ops.merge"), "TOKENS_AT_A_TIME", 7)
     for a, b in zip(whole, merge(parts), strict=True):
         torch.testing.assert_close(a, b)
 

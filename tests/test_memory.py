@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwen_longctx import LongContextConfig, memory
-from qwen_longctx.evaluation.bench import model_config
+from qwen_longctx import LongContextConfig
+from qwen_longctx.bench.bench import model_config
+from qwen_longctx.prefill import memory
 
 BF16 = torch.bfloat16
 

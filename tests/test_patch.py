@@ -215,7 +215,7 @@ def test_hooks_of_accelerate(first, scope):
 def test_dispatch_over_devices():
     """Layers on another device: tables follow, once a forward (the meta device stands for the second card)."""
     from qwen_longctx import LongContextConfig
-    from qwen_longctx.plan import RotarySource, make_plan
+    from qwen_longctx.geometry.layout import RotarySource, make_plan
 
     plan = make_plan(
         None,

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from definition import relative_rotations, turn
-from qwen_longctx.positions import key_positions, query_positions, spans
-from qwen_longctx.rotary import RotaryTables, rotate, rotation
+from qwen_longctx.geometry.positions import key_positions, query_positions, spans
+from qwen_longctx.geometry.rotary import RotaryTables, rotate, rotation
 
 
 @st.composite

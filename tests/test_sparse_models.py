@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from helpers import FAMILIES, tiny_model
-from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen
-from qwen_longctx.cache import mean_keys
+from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
+from qwen_longctx.evaluation.calibrate import calibrate
+from qwen_longctx.kv.hf_cache import mean_keys
 from qwen_longctx.sparsity import budgets
-from qwen_longctx.sparsity.calibrate import calibrate
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
 ON = {"sparse": "block_scores", "sparse_attention_threshold": 200, "prefill_chunk_size": 150, "block_size": 32}
@@ -171,7 +171,7 @@ def test_a_reset_cache_forgets_budgets_and_records():
 @pytest.mark.parametrize("rule", [{"density": 1.0}, {"density": 0.4}, {}, {"sparse": "vertical_slash"}])
 def test_list_kernels_agree_in_a_model(name, rule):
     """Blocks of 128 and head dim 64, as real models have them; the canary watches on the way."""
-    reason = kernels.why_not(torch.device("cuda"), torch.bfloat16, 64, 128)[name]
+    reason = ops.why_not(torch.device("cuda"), torch.bfloat16, 64, 128)[name]
     if reason:
         pytest.skip(f"{name} {reason}")
     geometry = {"chunk_size": 1024, "local_size": 256, "original_max_position_embeddings": 1024}
@@ -243,7 +243,7 @@ def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
     ],
 )
 def test_auto_is_sparse_where_it_can_be_fast(settings, sparse, monkeypatch):
-    monkeypatch.setattr(kernels, "why_not", lambda *kind: {"fa4": "is not here", "flex": "neither"})
+    monkeypatch.setattr(ops, "why_not", lambda *kind: {"fa4": "is not here", "flex": "neither"})
     on = {name: value for name, value in ON.items() if name != "sparse"}
     cache = LongContextCache()
     with patched_qwen(model := long_model(), **{**on, **settings}):
@@ -378,7 +378,7 @@ def test_calibration_resumes(tmp_path, monkeypatch):
     settings = {"sparse_attention_threshold": 200, "block_size": 32}
     how = {"threshold": 0.95, "step": 4, "rounds": 4, **settings}
     whole = calibrate(model, [prompt(500)], start, tmp_path / "whole.json", **how)
-    import qwen_longctx.sparsity.calibrate as module
+    import qwen_longctx.evaluation.calibrate as module
 
     measured, calls = module._recall, []
 

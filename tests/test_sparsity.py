@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 
-from qwen_longctx import kernels, sparsity
-from qwen_longctx.kernels.lists import compact
-from qwen_longctx.positions import Span
-from qwen_longctx.sparsity import block_scores, vertical_slash
-from qwen_longctx.sparsity.keep import keep
-from qwen_longctx.sparsity.rule import Rule, steer
+from qwen_longctx import ops, sparsity
+from qwen_longctx.geometry.positions import Span
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.keep import keep
+from qwen_longctx.ops.lists import compact
+from qwen_longctx.sparsity.rules import block_scores, vertical_slash
+from qwen_longctx.sparsity.rules.rule import Rule, steer
 from qwen_longctx.sparsity.state import SparseState
-from qwen_longctx.sparsity.tiles import Tiles
 from qwen_longctx.sparsity.view import Selection
 from sparse_helpers import STRIDE, all_logits, draw, kept_pairs, masked, prefill, settings
 
@@ -136,7 +136,7 @@ def test_kernel_on_lists(name, device, causal, shape):
     size, dim = 128, 64
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if device == "cuda" and name != "reference":
-        reason = kernels.why_not(torch.device("cuda"), dtype, dim, size)[name]
+        reason = ops.why_not(torch.device("cuda"), dtype, dim, size)[name]
         if reason:
             pytest.skip(f"{name} {reason}")
     q = torch.randn(batch, queries, heads, dim, device=device).to(dtype)
@@ -146,7 +146,7 @@ def test_kernel_on_lists(name, device, causal, shape):
     if causal:  # a tile always meets its own blocks
         chosen[..., -1:] = True
     chosen[0, 0, 0] = False  # an empty list
-    out, lse = kernels.on_lists(name)(q, k, v, causal=causal, scale=0.125, blocks=compact(chosen, size))
+    out, lse = ops.on_lists(name)(q, k, v, causal=causal, scale=0.125, blocks=compact(chosen, size))
     pairs = chosen.repeat_interleave(size, 2)[:, :, :queries].repeat_interleave(size, 3)[..., :keys]
     if causal:
         pairs = pairs & torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -166,11 +166,11 @@ def test_kernel_on_lists(name, device, causal, shape):
 
 def test_the_list_kernel_of_a_device():
     kind = CPU, torch.float32, 64
-    assert kernels.list_kernel("auto", *kind, 128) == "reference"
+    assert ops.list_kernel("auto", *kind, 128) == "reference"
     with pytest.raises(ValueError, match='kernel="fa4" needs a CUDA device'):
-        kernels.list_kernel("fa4", *kind, 128)
+        ops.list_kernel("fa4", *kind, 128)
     with pytest.raises(ValueError, match='kernel="flex" needs a CUDA device'):
-        kernels.list_kernel("flex", *kind, 128)
+        ops.list_kernel("flex", *kind, 128)
 
 
 # --- attention over what is kept ----------------------------------------------------------------------------------
@@ -446,14 +446,14 @@ def test_budgets_follow_recall_span_by_span():
 
 def broken(change):
     def kernel(q, k, v, *, causal, scale, blocks=None):
-        return change(*kernels.reference(q, k, v, causal=causal, scale=scale, blocks=blocks))
+        return change(*ops.reference(q, k, v, causal=causal, scale=scale, blocks=blocks))
 
     return kernel
 
 
 def test_a_mask_that_counts_keys_twice_is_caught(monkeypatch):
     """The defect of a kernel window that once cost an engine 82 points: nothing else would tell."""
-    monkeypatch.setitem(kernels._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse + 0.01)))
+    monkeypatch.setitem(ops._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse + 0.01)))
     q, k, v = draw(600)
     _, state, _ = prefill(q, k, v, settings(density=0.9), [300, 600])
     with pytest.raises(RuntimeError, match=r"layer 0, tokens \d+ to \d+, recalls 1\.0.* kernel 'reference'"):
@@ -463,18 +463,18 @@ def test_a_mask_that_counts_keys_twice_is_caught(monkeypatch):
 def test_a_list_with_a_block_twice_is_caught(monkeypatch):
     def doubled(q, k, v, *, causal, scale, blocks=None):
         blocks.indices[..., 1] = blocks.indices[..., 0]
-        return kernels.reference(q, k, v, causal=causal, scale=scale, blocks=blocks)
+        return ops.reference(q, k, v, causal=causal, scale=scale, blocks=blocks)
 
     q, k, v = draw(600)
     k[:, :32] *= 4  # the first block of a list outweighs the second, in whose place it is counted again
-    monkeypatch.setitem(kernels._LIST_KERNELS, "reference", doubled)
+    monkeypatch.setitem(ops._LIST_KERNELS, "reference", doubled)
     _, state, _ = prefill(q, k, v, settings(density=1.0), [600])
     with pytest.raises(RuntimeError, match="the kernel is wrong here"):
         state.check()
 
 
 def test_nan_is_caught(monkeypatch):
-    monkeypatch.setitem(kernels._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse * torch.nan)))
+    monkeypatch.setitem(ops._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse * torch.nan)))
     q, k, v = draw(300)
     _, state, _ = prefill(q, k, v, settings(), [300])
     with pytest.raises(RuntimeError, match="recalls nan"):

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_longctx.kernels.columns import columns
-from qwen_longctx.kernels.lists import compact
-from qwen_longctx.kernels.lse import row_lse
-from qwen_longctx.kernels.merge import merge
-from qwen_longctx.kernels.scores import block_shares
-from qwen_longctx.positions import Span
-from qwen_longctx.rotary import Rotation, rotate, rotation
-from qwen_longctx.sparsity.keep import keep
-from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.geometry.positions import Span
+from qwen_longctx.geometry.rotary import Rotation, rotate, rotation
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.columns import columns
+from qwen_longctx.ops.keep import keep
+from qwen_longctx.ops.lists import compact
+from qwen_longctx.ops.lse import row_lse
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.ops.scores import block_shares
 
-gpu = pytest.importorskip("qwen_longctx.kernels.gpu", reason="needs Triton")
+gpu = pytest.importorskip("qwen_longctx.ops.gpu", reason="needs Triton")
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for the CPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx.cache import LongContextCache
+from qwen_longctx.kv.hf_cache import LongContextCache
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -141,7 +141,7 @@ def ask(model: Any, tokenizer: Any, length: int, depth: float, key: str) -> Reco
         )
     answer = tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True)  # waits for the device
     seconds = time.perf_counter() - begin
-    cache = out.past_key_values
+    cache = getattr(out, "cache", None) or out.past_key_values
     rate = cache.report()["tokens_per_second"] if isinstance(cache, LongContextCache) else 0.0
     peak = torch.cuda.max_memory_allocated(ids.device) if cuda else 0
     return Record(length, depth, key, answer, is_correct(answer, key), seconds, rate, peak)

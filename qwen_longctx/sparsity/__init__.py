@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from qwen_longctx import kernels
+from qwen_longctx import ops
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.kernels.columns import columns
-from qwen_longctx.kernels.lists import compact
-from qwen_longctx.kernels.merge import merge
-from qwen_longctx.positions import Segment
-from qwen_longctx.sparsity import block_scores, budgets, vertical_slash
-from qwen_longctx.sparsity.rule import Rule, steer
+from qwen_longctx.geometry.positions import Segment
+from qwen_longctx.ops.columns import columns
+from qwen_longctx.ops.lists import compact
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.sparsity import budgets
+from qwen_longctx.sparsity.rules import block_scores, vertical_slash
+from qwen_longctx.sparsity.rules.rule import Rule, steer
 from qwen_longctx.sparsity.state import Request, SpanRecord, SparseState
 from qwen_longctx.sparsity.view import Selection, SpanView
 
@@ -35,7 +36,7 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
         return None if settings.sparse == "off" else settings.sparse
     if settings.kernel == "sdpa" or not settings.tile_fits:
         return None
-    if settings.kernel == "auto" and kernels.list_kernel("auto", device, dtype, head_dim, settings.tile) == "reference":
+    if settings.kernel == "auto" and ops.list_kernel("auto", device, dtype, head_dim, settings.tile) == "reference":
         return None
     return "block_scores"
 
@@ -107,7 +108,7 @@ def _attend(
     """Attention to what the rule keeps, and its recall against `truth`, the log-sum-exp of the last queries."""
     settings, tiles = request.settings, view.tiles
     q = view.pieces[0].q
-    name = kernels.list_kernel(settings.kernel, q.device, q.dtype, q.shape[-1], tiles.size)
+    name = ops.list_kernel(settings.kernel, q.device, q.dtype, q.shape[-1], tiles.size)
     selection = request.rule.select(view, budget, request)
     kept = selection.mask.sum()
     parts = []
@@ -116,7 +117,7 @@ def _attend(
         blocks = slice(segment.key_start // tiles.size, -(-segment.key_stop // tiles.size))
         lists = compact(selection.mask[..., blocks], tiles.size)
         how = {"causal": segment.kind == "intra", "scale": view.scale}
-        parts.append(kernels.on_lists(name)(q, view.keys(segment), values, blocks=lists, **how))
+        parts.append(ops.on_lists(name)(q, view.keys(segment), values, blocks=lists, **how))
         if selection.columns is not None:
             at, keep = _single_keys(selection, view, segment)
             k_at, v_at = (_gather(x, at, view.heads) for x in (view.keys(segment), values))

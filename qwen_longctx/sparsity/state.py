@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.positions import Span
+from qwen_longctx.geometry.positions import Span
+from qwen_longctx.geometry.tiles import Tiles, pairs_of
 from qwen_longctx.sparsity.budgets import HeadBudgets
-from qwen_longctx.sparsity.rule import Rule, steer
-from qwen_longctx.sparsity.tiles import Tiles, pairs_of
+from qwen_longctx.sparsity.rules.rule import Rule, steer
 
 _DENSE_TILES = 2
 _TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen_longctx.kernels.lse import joint_lse
-from qwen_longctx.positions import Kind, Segment, Span
-from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.geometry.positions import Kind, Segment, Span
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.lse import joint_lse
 
 
 class Piece(NamedTuple):

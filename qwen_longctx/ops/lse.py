@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
+from qwen_longctx.ops.device import uses_triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
 
@@ -30,7 +30,7 @@ def row_lse(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: fl
         Shape (batch, heads, queries), float32 (float64 for float64 input); -inf where the limit is 0.
     """
     if uses_triton(q):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.row_lse(q, k, limits, scale=scale)
     batch, queries, heads, _ = q.shape

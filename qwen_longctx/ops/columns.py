@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
+from qwen_longctx.ops.device import uses_triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
 
@@ -32,7 +32,7 @@ def columns(
         As every kernel gives them; 0 and -inf where a tile keeps no column.
     """
     if uses_triton(q):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.columns(q, k, v, keep, size=size, scale=scale)
     tiles = max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * size * k.shape[2]))

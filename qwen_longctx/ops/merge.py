@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
+from qwen_longctx.ops.device import uses_triton
 
 MOST_FUSED = 4  # parts that the Triton kernel merges in one pass
 TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums elsewhere
@@ -28,7 +28,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     if len(parts) == 1:
         return parts[0]
     if len(parts) <= MOST_FUSED and uses_triton(parts[0][0]):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.merge(parts)
     lses = torch.stack([lse for _, lse in parts])

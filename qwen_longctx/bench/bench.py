@@ -20,10 +20,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from qwen_longctx import LongContextCache, LongContextConfig, kernels, patch_qwen, patched_qwen, sparsity
-from qwen_longctx.attention import attend
-from qwen_longctx.plan import RotarySource, make_plan
-from qwen_longctx.rotary import rotate
+from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen, sparsity
+from qwen_longctx.attention.dense import attend
+from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.rotary import rotate
 
 SHAPE_7B = {
     "vocab_size": 152064,
@@ -472,8 +472,8 @@ class Breakdown:
             timed_rule = selecting._replace(select=self._clocked("selection", selecting.select))
             self._wrap(sparsity.RULES, rule, "", selecting, timed_rule)
         self._wrap(vars(sparsity), "compact", "selection", sparsity.compact)
-        for kernel, function in kernels._LIST_KERNELS.items():
-            self._wrap(kernels._LIST_KERNELS, kernel, "attention", function)
+        for kernel, function in ops._LIST_KERNELS.items():
+            self._wrap(ops._LIST_KERNELS, kernel, "attention", function)
         self._wrap(vars(sparsity), "merge", "merge", sparsity.merge)
         full = sparsity.SpanView.full_lse
         sparsity.SpanView.full_lse = self._clocked("recall", full)  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx.cache import LongContextCache
+from qwen_longctx.kv.hf_cache import LongContextCache
 
 
 def chunks(tokens: int, size: int, cache: object, device: torch.device) -> Iterator[tuple[int, int]]:

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwen_longctx.config import LongContextConfig, head_dim
-from qwen_longctx.kernels.merge import TOKENS_AT_A_TIME
-from qwen_longctx.sparsity.block_scores import MEANS_A_BLOCK
+from qwen_longctx.ops.merge import TOKENS_AT_A_TIME
+from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK
 
 GIB = 1 << 30
 _BYTES_A_PAIR = 4 + 1 + 2 * 4  # score, mask, and the lists of all segments with what they are made from

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qwen_longctx.kernels.device import uses_triton
-from qwen_longctx.kernels.lse import row_logits
+from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.lse import row_logits
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
 
@@ -45,7 +45,7 @@ def block_shares(
         Shape (batch, heads, tiles, ceil(means / per_block)), float32 (float64 for float64 input).
     """
     if uses_triton(q):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.block_shares(q, means, lse, limits, rows=rows, per_block=per_block, scale=scale)
     step = rows * max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * rows * means.shape[1]))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
-from qwen_longctx.positions import Kind, key_positions, query_positions, selection_positions
+from qwen_longctx.geometry.positions import Kind, key_positions, query_positions, selection_positions
+from qwen_longctx.ops.device import uses_triton
 
 _FUSED_TOKENS = 256  # for fewer, as in decode, a Triton launch costs more than the passes saved
 
@@ -60,7 +60,7 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling:
 def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
     """Rotate `x`, shape (batch, tokens, heads, head_dim), by halves (the NeoX layout that Qwen uses)."""
     if x.shape[1] >= _FUSED_TOKENS and uses_triton(x):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.rotate(x, *table)
     return torch.addcmul(x * table.cos, x.roll(x.shape[-1] // 2, -1), table.sin)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.positions import Span
+from qwen_longctx.geometry.positions import Span
 
 
 def pairs_of(span: Span, size: int) -> int:

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from qwen_longctx.kernels.merge import merge
-from qwen_longctx.kernels.reference import reference
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.ops.reference import reference
 
 # cuDNN builds a plan for each new shape, which pays for long spans only; decode would build one a token
 _CUDNN_MIN_QUERIES = 256

@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
-from qwen_longctx.kernels import fa4, flex
-from qwen_longctx.kernels.lists import BlockLists
-from qwen_longctx.kernels.reference import reference
-from qwen_longctx.kernels.sdpa import sdpa
+from qwen_longctx.config import KERNELS
+from qwen_longctx.ops import fa4, flex
+from qwen_longctx.ops.lists import BlockLists
+from qwen_longctx.ops.reference import reference
+from qwen_longctx.ops.sdpa import sdpa
 
 
 class Kernel(Protocol):
@@ -47,7 +48,7 @@ class ListKernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-NAMES = ("auto", "fa4", "flex", "sdpa", "reference")
+NAMES = KERNELS
 _LIST_KERNELS: dict[str, ListKernel] = {"fa4": fa4.fa4, "flex": flex.flex, "reference": reference}
 _WHY_NOT: dict[str, Callable[..., str]] = {"fa4": fa4.why_not, "flex": flex.why_not}
 

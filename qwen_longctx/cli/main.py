@@ -16,15 +16,17 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from qwen_longctx import LongContextConfig, kernels, memory, patched_qwen, patches
+from qwen_longctx import LongContextConfig, ops, patched_qwen, patches
+from qwen_longctx.bench import bench
 from qwen_longctx.config import SPARSE
-from qwen_longctx.evaluation import bench, corpus, passkey, plots, quality
+from qwen_longctx.evaluation import calibrate, corpus, passkey, plots, quality
 from qwen_longctx.evaluation.environment import environment, write_results
-from qwen_longctx.kernels import fused
-from qwen_longctx.kernels.sdpa import engine
-from qwen_longctx.sparsity import budgets, calibrate
+from qwen_longctx.ops import fused
+from qwen_longctx.ops.sdpa import engine
+from qwen_longctx.prefill import memory
+from qwen_longctx.sparsity import budgets
 
-BUNDLED = Path(__file__).resolve().parent / "assets" / "tiny-qwen2"
+BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny-qwen2"
 DEMO_CELLS = ((1, 5), (4, 5), (16, 5), (64, 2))  # multiple of the trained length, prompts
 
 
@@ -297,8 +299,8 @@ def _doctor(args: argparse.Namespace) -> None:
         long, short = (engine(torch.empty(1, tokens, 1, 128, device=device, dtype=dtype)) for tokens in (4096, 1))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
-        reasons = kernels.why_not(device, dtype, 128, 128)
-        chosen = kernels.list_kernel("auto", device, dtype, 128, 128)
+        reasons = ops.why_not(device, dtype, 128, 128)
+        chosen = ops.list_kernel("auto", device, dtype, 128, 128)
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
         when = "on request only, " if chosen == "reference" else ""
         print(f"{device} ({name}): sparse prefill runs {when}on {chosen} ({passed_over or 'the fastest'})")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from qwen_longctx.kernels.lse import joint_lse, row_logits
-from qwen_longctx.sparsity.rule import Rule
-from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.lse import joint_lse, row_logits
+from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.view import Selection, SpanView
 
 if TYPE_CHECKING:

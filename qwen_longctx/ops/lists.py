@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
+from qwen_longctx.ops.device import uses_triton
 
 
 class BlockLists(NamedTuple):
@@ -31,7 +31,7 @@ class BlockLists(NamedTuple):
 def compact(mask: torch.Tensor, size: int) -> BlockLists:
     """Lists of the blocks set in `mask`, bool of shape (batch, heads, tiles, blocks)."""
     if uses_triton(mask):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         counts, indices = gpu.compact(mask)
         return BlockLists(counts, indices, size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qwen_longctx.kernels.device import uses_triton
+from qwen_longctx.ops.device import uses_triton
 
 _FEWEST = 1 << 20  # numbers; for fewer, as in decode, the launch costs more than the passes saved
 

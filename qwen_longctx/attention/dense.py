@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx import kernels, sparsity
-from qwen_longctx.cache import mean_keys
-from qwen_longctx.kernels.merge import merge
-from qwen_longctx.kernels.reference import weights as attention_weights
-from qwen_longctx.plan import Plan, RowGroup
-from qwen_longctx.positions import Kind, Span
-from qwen_longctx.rotary import rotate
-from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx import ops, sparsity
+from qwen_longctx.geometry.layout import Plan, RowGroup
+from qwen_longctx.geometry.positions import Kind, Span
+from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.kv.hf_cache import mean_keys
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.ops.reference import weights as attention_weights
 from qwen_longctx.sparsity.view import Piece, SpanView
 
 KeyMeans = Callable[[int], torch.Tensor]
@@ -102,7 +102,7 @@ def _attend_span(
         pieces = tuple(Piece(segment, turned(segment.kind)) for segment in span.segments)
         tiles = request.tiles(span, q.device)
         return sparsity.attend(*_view(q, k, v, call, group, tiles, span, pieces), request)
-    kernel = kernels.get(plan.kernel)
+    kernel = ops.get(plan.kernel)
     parts = []
     for kind, key_start, key_stop in span.segments:
         mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]

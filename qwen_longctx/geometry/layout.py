@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.positions import Kind, Span, spans
-from qwen_longctx.rotary import RotaryTables
+from qwen_longctx.geometry.positions import Kind, Span, spans
+from qwen_longctx.geometry.rotary import RotaryTables
 
 if TYPE_CHECKING:
     from qwen_longctx.sparsity.state import Request

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from qwen_longctx.kernels.device import uses_triton
-from qwen_longctx.sparsity.tiles import Tiles
+from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.device import uses_triton
 
 By = Literal["mass", "threshold"]
 
@@ -55,7 +55,7 @@ def keep(
         Bool, of the shape of `scores`.
     """
     if uses_triton(scores):
-        from qwen_longctx.kernels import gpu
+        from qwen_longctx.ops import gpu
 
         return gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=most, sink=sink, window=window)
     block = torch.arange(tiles.blocks, device=scores.device)
