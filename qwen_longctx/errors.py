@@ -1,6 +1,6 @@
 """What this package refuses to do, as exceptions that are told from defects.
 
-Each is a subclass of the built-in exception that fits, so ``except ValueError`` goes on working; and all share `Refused`,
+Each is a subclass of the built-in exception that fits, so ``except ValueError`` goes on working. All share `Refused`,
 which the command line turns into one line. Every message says what was wrong, the value, and what to do.
 """
 
