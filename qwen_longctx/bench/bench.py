@@ -22,8 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen, sparsity
 from qwen_longctx.attention.dense import attend
-from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.layout import Call, RotarySource, make_layout
 from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.store import Tensors
 
 SHAPE_7B = {
     "vocab_size": 152064,
@@ -131,20 +132,11 @@ def _attention_row(length: int, device: torch.device, tiny: bool, repeats: int) 
 
     def ours() -> None:
         for start, stop in chunks:
-            plan = make_plan(
-                None,
-                None,
-                batch=1,
-                tokens=stop - start,
-                cached=start,
-                settings=settings,
-                rotary=rotary,
-                dtype=q.dtype,
-                device=device,
-                prompt_length=length,
+            layout = make_layout(
+                Call.whole(1, length), start, stop, settings=settings, rotary=rotary, dtype=q.dtype, device=device
             )
-            kept[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
-            attend(q[:, start:stop], kept[:, :stop], v[:, :stop], plan, head_dim**-0.5)
+            kept[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
+            attend(q[:, start:stop], Tensors(kept[:, :stop], v[:, :stop]), layout, head_dim**-0.5)
 
     def raw() -> None:
         for start, stop in chunks:
@@ -345,7 +337,9 @@ def headline(length: int, device: torch.device, tiny: bool = False, new_tokens: 
             "decode_seconds_per_token": round((seconds - report["prefill_seconds"]) / new_tokens, 4),
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else 0,
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else 0,
-            "kv_cache_bytes": sum(b.numel() * b.element_size() for x in out.past_key_values.layers for b in x._buffers),
+            "kv_cache_bytes": sum(
+                b.numel() * b.element_size() for x in out.past_key_values.layers for b in x.store.buffers
+            ),
         }
     ]
 
