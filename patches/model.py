@@ -11,7 +11,8 @@ from transformers.cache_utils import StaticCache
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
-from qwen_longctx.config import LongContextConfig, head_dim
+from qwen_longctx.checkpoint import head_dim
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.layout import Plan, RotarySource, make_plan
 from qwen_longctx.patches.attention import IMPLEMENTATION
 from qwen_longctx.patches.method import PatchedMethod

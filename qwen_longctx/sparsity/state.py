@@ -74,7 +74,7 @@ class Request:
     @property
     def recall_target(self) -> float | None:
         """Recall to steer towards; None where budgets are fixed."""
-        own = None if self.settings.has_share else self.rule.recall_target
+        own = None if self.settings.options("block_scores").fixed else self.rule.recall_target
         return self.settings.recall_target or own
 
     def budget(self, layer: int) -> torch.Tensor | None:

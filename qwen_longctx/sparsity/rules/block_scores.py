@@ -8,11 +8,14 @@ elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from qwen_longctx.config import share
+from qwen_longctx.errors import InvalidValue
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.keep import By, keep
 from qwen_longctx.ops.lse import joint_lse
@@ -32,6 +35,44 @@ FAR_MASS = 0.85, 0.35  # just beyond the trained length, and at FAR
 NEAR = 96  # at FAR the nearest of so many blocks is kept always, before it fewer
 
 
+@dataclass(frozen=True)
+class Options:
+    """What block scores keep, instead of their own choice; None leaves the choice to the rule.
+
+    Attributes
+    ----------
+    density : float, optional
+        Share of the blocks; beside one of the others it is their limit.
+    mass : float, optional
+        Share of the scored mass.
+    score_threshold : float, optional
+        Fraction of a tile's best score from which on a block is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One is no number above 0 and up to 1, or both a mass and a threshold are given.
+    """
+
+    density: float | None = None
+    mass: float | None = None
+    score_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, share(field.name, value))
+        if self.mass is not None and self.score_threshold is not None:
+            raise InvalidValue(
+                "mass and score_threshold are given: a head's budget follows one of them, leave the other out"
+            )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the user says what is kept, so that budgets are not steered unless a recall is asked for."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+
 def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
     """Keep the best blocks until their scores are a share of the sum, a tile and a head at a time: `default_mass`.
 
@@ -39,8 +80,8 @@ def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
     that instead. A budget of b divides what a mass leaves out and a threshold by b, and multiplies a density by it.
     The blocks before a tile are kept always, see `window`.
     """
-    settings, visible, budget = request.settings, view.tiles.visible, budget[:, None]
-    mass = settings.mass if settings.has_share else default_mass(request.times_trained)
+    settings, visible, budget = request.settings.options("block_scores"), view.tiles.visible, budget[:, None]
+    mass = settings.mass if settings.fixed else default_mass(request.times_trained)
     by: By = "threshold" if mass is None else "mass"
     amount = (settings.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
     most = None
