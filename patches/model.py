@@ -11,12 +11,13 @@ from transformers.cache_utils import StaticCache
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
-from qwen_longctx.checkpoint import head_dim
+from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.layout import Plan, RotarySource, make_plan
 from qwen_longctx.patches.attention import IMPLEMENTATION
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.sparsity.state import Request, state_of
+from qwen_longctx.sparsity.record import state_of
+from qwen_longctx.sparsity.request import Request
 
 logger = transformers_logging.get_logger(__name__)
 
@@ -84,17 +85,16 @@ def model_forward(
 
 def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Request | None:
     """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
-    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
-        return None
-    name = sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
-    if name is None:
-        return None
-    request = sparsity.request(name, settings, model.config, state_of(cache), length)
-    logger.warning_once(
-        f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
-        'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
+    return sparsity.plan_request(
+        settings,
+        model.config,
+        heads=lambda: local_heads(model),
+        device=device,
+        dtype=model.dtype,
+        state=state_of(cache),
+        length=length,
+        observer=getattr(cache, "observer", None),
     )
-    return request
 
 
 @torch.compiler.disable

@@ -8,13 +8,30 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from qwen_longctx.errors import InvalidType, InvalidValue
 
 GEOMETRY_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
 SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
 _UNBOUNDED_ROPE = ("dynamic", "longrope")
+
+
+class Heads(NamedTuple):
+    """The heads that one process holds, which under tensor parallelism are a part of the model's.
+
+    Attributes
+    ----------
+    query, key : int
+        Query heads and key heads.
+    first : int
+        Number of the first query head.
+    """
+
+    query: int
+    key: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,17 +54,76 @@ class Shape:
     intermediate: int
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
-        """The shape of the whole model of a transformers config."""
+    def of(cls, config: Any, ranks: int = 1) -> Shape:
+        """The shape of a transformers config; with tensor parallelism over so many `ranks`, what one of them holds.
+
+        Raises
+        ------
+        ValueError
+            The heads cannot be divided among the ranks.
+        """
         heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if ranks < 1 or heads % ranks or kv_heads % ranks:
+            raise InvalidValue(
+                f"{heads} query heads and {kv_heads} key heads cannot be divided among {ranks} processes: "
+                "choose a tensor parallel size that divides both"
+            )
         return cls(
             layers=config.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            heads=heads // ranks,
+            kv_heads=kv_heads // ranks,
             head_dim=head_dim(config),
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=-(-config.intermediate_size // ranks),
         )
+
+
+def local_heads(model: Any) -> Heads:
+    """The heads of this process: the rows of the first ``q_proj`` and ``k_proj`` of a live model, and their place.
+
+    Tensor parallelism gives rank r of n processes the heads from ``r * heads / n`` on.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With a transformers `config`.
+
+    Raises
+    ------
+    ValueError
+        The projections hold a part of the heads, and nothing tells which.
+    """
+    whole = Shape.of(model.config)
+    attention = next((m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+    if attention is None:
+        return Heads(whole.heads, whole.kv_heads)
+    ranks, rank = _place(attention.q_proj, whole.heads * whole.head_dim)
+    part = Shape.of(model.config, ranks)
+    return Heads(part.heads, part.kv_heads, rank * part.heads)
+
+
+def _place(projection: Any, rows: int) -> tuple[int, int]:
+    """Among how many processes a projection of so many rows is divided, and which of its parts is here."""
+    weight = projection.weight
+    mesh = getattr(weight, "device_mesh", None)  # transformers' own tensor parallelism: a distributed tensor
+    if mesh is not None:
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return mesh["tp"].size(), mesh["tp"].get_local_rank()
+        divided = mesh.ndim == 1 and any(place.is_shard(0) for place in weight.placements)
+        return (mesh.size(), mesh.get_local_rank()) if divided else (1, 0)
+    here = getattr(projection, "out_features", None) or weight.shape[0]
+    if here == rows:
+        return 1, 0
+    from torch import distributed
+
+    if not distributed.is_initialized() or rows % here:
+        raise InvalidValue(
+            f"q_proj has {here} of {rows} rows and no distributed tensor tells which: load the model with "
+            "transformers' tensor parallelism (tp_plan), or set sparse='off'"
+        )
+    ranks = rows // here
+    return ranks, distributed.get_rank() % ranks
 
 
 def head_dim(config: Any) -> int:
@@ -105,6 +181,11 @@ def settings_of(config: Any, chunk_size: Any = None) -> dict[str, Any]:
     values = {key: given[key] for key in (*GEOMETRY_KEYS, *SPARSE_KEYS) if key in given}
     if "sparse_attention_last_q" in given:
         values["last_q"] = given["sparse_attention_last_q"]
+    budgets = values.get("sparse_attention_config")
+    if (
+        isinstance(budgets, str) and budgets != "minference"
+    ):  # a file beside the checkpoint, not in the working directory
+        values["sparse_attention_config"] = str(Path(getattr(config, "name_or_path", "") or "") / budgets)
     trained = trained_length(config)
     if chunk_size is None:
         chunk_size = values.get("chunk_size", trained)

@@ -16,7 +16,7 @@ from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.evaluation.calibrate import calibrate
 from qwen_longctx.kv.hf_cache import mean_keys
-from qwen_longctx.sparsity import budgets
+from qwen_longctx.sparsity import budgets, request
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
 ON = {"sparse": "block_scores", "sparse_attention_threshold": 200, "prefill_chunk_size": 150, "block_size": 32}
@@ -201,7 +201,7 @@ def test_sparse_prefill_under_torch_compile():
 
 
 def test_a_warning_says_once_that_attention_is_approximate(caplog):
-    logging.Logger.warning_once.cache_clear()
+    request._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING), patched_qwen(model := long_model(), **ON):
         for tokens in (150, 480, 490):
             logits(model, prompt(tokens))
@@ -235,8 +235,12 @@ def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sparse"),
     [
-        ({"kernel": "reference"}, True),
+        ({"kernel": "reference"}, False),  # which is not fast
         ({}, False),  # nothing fast here
+        ({"kernel": "flex"}, False),  # which cannot run here
+        ({"kernel": "fa4"}, False),
+        ({"kernel": "flex", "sparse": "off"}, False),
+        ({"kernel": "reference", "sparse": "block_scores"}, True),
         ({"kernel": "sdpa"}, False),
         ({"kernel": "reference", "block_size": 24}, False),  # does not fit the stride
         ({"kernel": "reference", "sparse": "off"}, False),

@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_longctx import ops, sparsity
+from qwen_longctx import ops
+from qwen_longctx.attention import sparse
 from qwen_longctx.geometry.layout import Plan, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.kv.hf_cache import mean_keys
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import weights as attention_weights
-from qwen_longctx.sparsity.view import Piece, SpanView
 
 KeyMeans = Callable[[int], torch.Tensor]
 
@@ -99,41 +97,14 @@ def _attend_span(
     if request is not None and not request.takes(span, group.dense_from):
         request.observe_dense(call.layer, span, q.shape[0] * q.shape[2])
     elif request is not None:
-        pieces = tuple(Piece(segment, turned(segment.kind)) for segment in span.segments)
-        tiles = request.tiles(span, q.device)
-        return sparsity.attend(*_view(q, k, v, call, group, tiles, span, pieces), request)
+        about = {"layer": call.layer, "scale": call.scale, "offset": group.offset, "key_means": call.key_means}
+        return sparse.attend(q, k, v, span, request, rotated=turned, tables=plan.tables, **about)
     kernel = ops.get(plan.kernel)
     parts = []
     for kind, key_start, key_stop in span.segments:
         mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]
         parts.append(kernel(turned(kind), *mine, causal=kind == "intra", scale=call.scale))
     return merge(parts)[0]
-
-
-def _view(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    call: _Call,
-    group: RowGroup,
-    tiles: Tiles,
-    span: Span,
-    pieces: tuple[Piece, ...],
-) -> tuple[SpanView, torch.Tensor]:
-    """The span as selection rules see it, and the values of its keys."""
-    keys, values = (_tokens(x, group.offset, span.stop + group.offset) for x in (k, v))
-    tables = call.plan.tables
-
-    def key_means(size: int) -> torch.Tensor:
-        if call.key_means is None or group.offset:
-            return mean_keys(keys, size)
-        return call.key_means(size)[:, : span.stop // size]
-
-    def selection_q(kind: Kind, rows: int) -> torch.Tensor:
-        positions = torch.arange(span.stop - rows, span.stop, device=q.device)
-        return rotate(q[:, -rows:], tables.selection(kind, positions[None]))
-
-    return SpanView(call.layer, span, tiles, pieces, keys, call.scale, key_means, selection_q), values
 
 
 def _tokens(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:

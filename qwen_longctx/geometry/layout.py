@@ -16,7 +16,7 @@ from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables
 
 if TYPE_CHECKING:
-    from qwen_longctx.sparsity.state import Request
+    from qwen_longctx.sparsity.request import Request
 
 
 class Row(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.sparsity.record import SparseState
 
 _GROWTH = 1.5  # amortised, where the length is not known beforehand
 _SMALLEST = 256
