@@ -6,18 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import StaticCache
-from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
-from qwen_longctx.config import LongContextConfig, head_dim
+from qwen_longctx.checkpoint import local_heads
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
-
-logger = transformers_logging.get_logger(__name__)
 
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -224,18 +222,16 @@ def check_ids(inputs: torch.Tensor, vocabulary: int, mode: Mode) -> None:
 
 def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Any:
     """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
-    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
-        return None
-    name = sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
-    if name is None:
-        return None
-    state = sparsity.SparseState() if cache is None else sequence_of(cache).sparse
-    request = sparsity.request(name, settings, model.config, state, length)
-    logger.warning_once(
-        f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
-        'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
+    return sparsity.plan_request(
+        settings,
+        model.config,
+        heads=lambda: local_heads(model),
+        device=device,
+        dtype=model.dtype,
+        state=sparsity.SparseState() if cache is None else sequence_of(cache).sparse,
+        length=length,
+        observer=getattr(cache, "observer", None),
     )
-    return request
 
 
 def padding_mask(mask: Any) -> Any:

@@ -22,7 +22,7 @@ SETTINGS = [
     ({"local_size": 64}, ValueError, r"local_size \(64\) must be smaller than chunk_size \(64\)"),
     ({"local_size": 40}, ValueError, r"local_size \(40\) must be at most half of chunk_size \(64\)"),
     ({"original_max_position_embeddings": 0}, ValueError, "original_max_position_embeddings must be at least 1"),
-    ({"attention_temperature": 1}, TypeError, "attention_temperature must be True or False, got 1"),
+    ({"attention_temperature": 1}, TypeError, "attention_temperature must be True, False or 'position', got 1"),
     ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size must be at least 1 token, got 0"),
     ({"prefill_chunk_size": None}, TypeError, "prefill_chunk_size must be a whole number of tokens, got None"),
     ({"mlp_chunk_size": 1.5}, TypeError, "mlp_chunk_size must be a whole number of tokens, got 1.5"),

@@ -13,9 +13,10 @@ from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.keep import keep
 from qwen_longctx.ops.lists import compact
+from qwen_longctx.sparsity.record import SparseState
 from qwen_longctx.sparsity.rules import block_scores, vertical_slash
-from qwen_longctx.sparsity.rules.rule import Rule, steer
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.sparsity.rules.rule import Rule
+from qwen_longctx.sparsity.steering import steer
 from qwen_longctx.sparsity.view import Selection
 from sparse_helpers import STRIDE, all_logits, draw, kept_pairs, masked, prefill, settings
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_longctx.errors import PatchConflict
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.sparsity.record import SparseState
 
 _ATTRIBUTE = "qwen_longctx"
 
