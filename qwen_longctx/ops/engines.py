@@ -183,33 +183,43 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scal
 
 
 def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-    """This kernel wants as many query heads as key heads: one call for each member of the groups."""
-    group = q.shape[2] // k.shape[2]
-    outs, lses = [], []
-    for member in range(group):
-        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-            q[:, :, member::group].transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            None,
-            True,
-            0.0,
-            causal,
-            scale=scale,
-        )
-        outs.append(out.transpose(1, 2))
-        lses.append(lse[..., : q.shape[1]])
-    return torch.stack(outs, dim=3).flatten(2, 3), torch.stack(lses, dim=2).flatten(1, 2)
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, scale=scale
+    )
+    return out.transpose(1, 2), lse[..., : q.shape[1]]
 
 
-Backward = Callable[..., Gradients]
+def _fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Queries of a group of heads side by side: (batch, queries, heads, …) to (batch, queries * group, kv_heads, …)."""
+    return x.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)
 
 
-def _by_member(run: Backward) -> Backward:
-    """A backward that knows no grouped queries, called once for each member of the groups; their dk and dv are summed.
+def _unfold(x: torch.Tensor, group: int) -> torch.Tensor:
+    return x.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
 
-    Of the two kernels that need it, the CPU's writes beyond the keys in torch 2.6.
+
+def _grouped_forward(run: Callable[..., Result]) -> Callable[..., Result]:
+    """Grouped queries for a kernel that wants as many key heads as query heads.
+
+    The CPU's kernel is one before torch 2.7, and says nothing. Without a mask the heads of a group count as more
+    queries of one head; under a causal mask there is one call for each member of the groups. Keys are never repeated.
     """
+
+    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
+        group = q.shape[2] // k.shape[2]
+        if group == 1:
+            return run(q, k, v, causal, scale)
+        if not causal:
+            out, lse = run(_fold(q, k.shape[2]), k, v, False, scale)
+            return _unfold(out, group), _unfold(lse.transpose(1, 2), group).transpose(1, 2)
+        outs, lses = zip(*(run(q[:, :, member::group], k, v, True, scale) for member in range(group)), strict=True)
+        return torch.stack(outs, dim=3).flatten(2, 3), torch.stack(lses, dim=2).flatten(1, 2)
+
+    return grouped
+
+
+def _grouped_backward(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """The same for a backward; the gradients of keys and values are summed over the group."""
 
     def grouped(
         grad: torch.Tensor,
@@ -224,15 +234,19 @@ def _by_member(run: Backward) -> Backward:
         group = q.shape[2] // k.shape[2]
         if group == 1:
             return run(grad, q, k, v, out, lse, causal, scale)
+        if not causal:
+            grad, q, out, lse = (_fold(x, k.shape[2]) for x in (grad, q, out, lse.transpose(1, 2)))
+            dq, dk, dv = run(grad, q, k, v, out, lse.transpose(1, 2), False, scale)
+            return _unfold(dq, group), dk, dv
         exact = torch.promote_types(k.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v))
         for member in range(group):
             heads = slice(member, None, group)
-            grad_m, q_m, out_m = (x[:, :, heads] for x in (grad, q, out))
-            dq[:, :, heads], dk_m, dv_m = run(grad_m, q_m, k, v, out_m, lse[:, heads], causal, scale)
-            dk += dk_m
-            dv += dv_m
+            some = [x[:, :, heads] for x in (grad, q, out)]
+            dq[:, :, heads], dk_member, dv_member = run(*some[:2], k, v, some[2], lse[:, heads], True, scale)
+            dk += dk_member
+            dv += dv_member
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     return grouped
@@ -299,10 +313,15 @@ def _no_dropout(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64, device=x.device)
 
 
-_FORWARD = {"cpu": _cpu, "flash": _flash, "cudnn": _cudnn, "efficient": _efficient}
+_FORWARD = {
+    "cpu": _grouped_forward(_cpu),
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "efficient": _grouped_forward(_efficient),
+}
 _BACKWARD = {
-    "cpu": _by_member(_cpu_backward),
+    "cpu": _grouped_backward(_cpu_backward),
     "flash": _flash_backward,
     "cudnn": _flash_backward,
-    "efficient": _by_member(_efficient_backward),
+    "efficient": _grouped_backward(_efficient_backward),
 }
