@@ -14,7 +14,7 @@ from qwen_longctx.evaluation.environment import environment, write_results
 
 
 def test_demo(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "DEMO_CELLS", ((1, 2), (4, 2)))
+    monkeypatch.setattr(cli.demo, "CELLS", ((1, 2), (4, 2)))
     assert main(["demo", "--output", str(tmp_path / "demo.json")]) == 0
     table = capsys.readouterr().out
     assert "trained to 256 tokens" in table
@@ -41,8 +41,9 @@ def test_passkey_without_the_patch(capsys):
 
 
 def test_passkey_refuses_a_depth(capsys):
-    assert main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"]) == 2
-    assert "--depths must lie between 0 and 1, got 2.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"])
+    assert "argument --depths: must lie between 0 and 1, got 2" in capsys.readouterr().err
 
 
 def test_plan(capsys):
@@ -102,7 +103,7 @@ def test_plot_command(tmp_path, capsys):
 
 
 def test_plot_without_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr("qwen_longctx.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_longctx.cli.plot.find_spec", lambda name: None)
     assert main(["plot", "any.json", "--output", "any.png"]) == 2
     assert "plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
 
