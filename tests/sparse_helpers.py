@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from definition import _pair_logits
 from qwen_longctx import LongContextConfig, sparsity
 from qwen_longctx.attention.dense import attend
-from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.layout import Call, RotarySource, make_layout
 from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.store import Tensors
 from qwen_longctx.sparsity.state import SparseState
 
 DIM = 16
@@ -74,21 +75,18 @@ def prefill(
     turned = torch.empty_like(k)
     outs = []
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
-        plan = make_plan(
-            None,
-            None,
-            batch=q.shape[0],
-            tokens=stop - start,
-            cached=start,
+        layout = make_layout(
+            Call.whole(q.shape[0], q.shape[1]),
+            start,
+            stop,
             settings=config,
             rotary=RotarySource(INV_FREQ, 1.0),
             dtype=q.dtype,
             device=q.device,
-            prompt_length=q.shape[1],
             sparse=request,
         )
-        turned[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
-        outs.append(attend(q[:, start:stop], turned[:, :stop], v[:, :stop], plan, SCALE))
+        turned[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
+        outs.append(attend(q[:, start:stop], Tensors(turned[:, :stop], v[:, :stop]), layout, SCALE))
     spans = {(record.start, record.stop) for record in state.records}
     last = {(view.span.start, view.span.stop): (view, selection) for view, selection in spy.seen}
     spy.seen = [seen for span, seen in last.items() if span in spans]  # without the trials of a first budget

@@ -15,7 +15,7 @@ from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, p
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.evaluation.calibrate import calibrate
-from qwen_longctx.kv.hf_cache import mean_keys
+from qwen_longctx.kv.store import mean_keys
 from qwen_longctx.sparsity import budgets
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}

@@ -12,8 +12,9 @@ from qwen_longctx import LongContextConfig
 from qwen_longctx.attention.dense import attend
 from qwen_longctx.bench.shapes import ROPE_THETA, model_config
 from qwen_longctx.bench.timing import interleaved
-from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.layout import Call, RotarySource, make_layout
 from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.store import Tensors
 
 LENGTHS = (131072, 524288)
 
@@ -43,20 +44,11 @@ def _row(length: int, device: torch.device, tiny: bool, repeats: int) -> dict[st
 
     def ours() -> None:
         for start, stop in chunks:
-            plan = make_plan(
-                None,
-                None,
-                batch=1,
-                tokens=stop - start,
-                cached=start,
-                settings=settings,
-                rotary=rotary,
-                dtype=q.dtype,
-                device=device,
-                prompt_length=length,
+            layout = make_layout(
+                Call.whole(1, length), start, stop, settings=settings, rotary=rotary, dtype=q.dtype, device=device
             )
-            kept[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
-            attend(q[:, start:stop], kept[:, :stop], v[:, :stop], plan, head_dim**-0.5)
+            kept[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
+            attend(q[:, start:stop], Tensors(kept[:, :stop], v[:, :stop]), layout, head_dim**-0.5)
 
     def raw() -> None:
         for start, stop in chunks:

@@ -137,6 +137,13 @@ class SparseState:
         self.head_budgets: HeadBudgets | None = None
         self._checked = 0
 
+    def snapshot(self):
+        return dict(self.budgets), len(self.records), dict(self.dense_pairs), self._checked
+
+    def restore(self, s):
+        self.budgets, n, self.dense_pairs, self._checked = s
+        del self.records[n:]
+
     def check(self) -> None:
         """Stop a run whose kept keys weigh more than all keys do: a kernel or mask is broken.
 
