@@ -246,6 +246,7 @@ REQUESTS = [
     ),
     (["quality", *B, "--lengths", "40", "--judged", "9", "--depths", "0.5"], "length must be at least"),
     (["quality", *B, "--lengths", "5000000", "--judged", "9", "--packages", "json"], "name a larger package"),
+    (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
     (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed, got bench stock: leave it out"),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
 ]

@@ -11,7 +11,7 @@ from helpers import DEVICES
 from qwen_longctx import ops
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import reference, weights
-from qwen_longctx.ops.sdpa import roomless
+from qwen_longctx.ops.engines import roomless
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [

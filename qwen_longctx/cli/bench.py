@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from typing import Any
 
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
@@ -34,7 +35,6 @@ def run(args: argparse.Namespace) -> None:
     """Measure, and print a row for each length."""
     import torch
 
-    from qwen_longctx.bench import attention, headline, mlp, speed, stock
     from qwen_longctx.bench.shapes import model_config
     from qwen_longctx.cli.checkpoint import check_room
     from qwen_longctx.evaluation.environment import write_results
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
     if args.output is not None:
         check_writable(args.output)
-    module = {"attention": attention, "headline": headline, "mlp": mlp, "speed": speed, "stock": stock}[args.what]
+    module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
     check_room(model_config(args.tiny, layers=1 if args.what in ("attention", "mlp") else None), lengths, "bfloat16")
     done: list[dict[str, Any]] = []

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 
 from qwen_longctx.cli.options import add_lengths, add_model, at_least_one, share
+from qwen_longctx.errors import InvalidValue
+
+_SPARSE_FROM = 3  # tiles: one that is sparse, and the two at the end of a prompt that never are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,12 @@ def run(args: argparse.Namespace) -> None:
 
     check_writable(args.output)
     config = checkpoint.load_config(args.model)
-    LongContextConfig.from_model_config(config, sparse="vertical_slash")
+    settings = LongContextConfig.from_model_config(config, sparse="vertical_slash")
+    if min(args.lengths) < _SPARSE_FROM * settings.tile:
+        raise InvalidValue(
+            f"--lengths must be at least {_SPARSE_FROM * settings.tile} tokens for this checkpoint, got "
+            f"{min(args.lengths)}: shorter texts have no part that is prefilled sparsely"
+        )
     checkpoint.check_room(config, args.lengths, args.dtype)
     shape = config.num_hidden_layers, config.num_attention_heads
     source = args.start or budgets.beside_checkpoint(args.model)

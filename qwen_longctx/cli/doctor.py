@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx import ops, patches
     from qwen_longctx.evaluation.environment import environment
     from qwen_longctx.ops import fused
-    from qwen_longctx.ops.sdpa import engine
+    from qwen_longctx.ops.engines import engine
 
     about = environment()
     print(f"qwen_longctx {about['qwen_longctx']}, python {about['python']}, {about['platform']}")

@@ -14,15 +14,28 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def older_than(device: torch.device, capability: tuple[int, int]) -> str:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def older_than(device: torch.device, needed: tuple[int, int]) -> str:
     """What `device` lacks if it is no CUDA device of a compute capability; empty if it is one."""
     if device.type != "cuda":
         return "needs a CUDA device"
-    found = torch.cuda.get_device_capability(device)
-    wanted = ".".join(map(str, capability))
-    return "" if found >= capability else f"needs compute capability {wanted}, this device has {found[0]}.{found[1]}"
+    found = capability(device)
+    wanted = ".".join(map(str, needed))
+    return "" if found >= needed else f"needs compute capability {wanted}, this device has {found[0]}.{found[1]}"
 
 
-def uses_triton(x: torch.Tensor) -> bool:
-    """Whether `x` lies where a Triton kernel can run; elsewhere, and for gradients, PyTorch does the same, slowly."""
-    return x.is_cuda and x.dtype != torch.float64 and not x.requires_grad and has_triton()
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether `x` lies where a Triton kernel can run; elsewhere, and for gradients, PyTorch does the same, slowly.
+
+    A kernel knows no gradient, so `others` are all other inputs that may ask for one.
+    """
+    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not needs_gradient(x, *others)

@@ -26,6 +26,40 @@ def reference(
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=-1)
 
 
+def reference_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of one call whose keys are some of those of a softmax, as `engines.backward`, a slice at a time."""
+    batch, queries, heads, head_dim = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v))
+    step = max(1, _LOGITS_AT_A_TIME // max(1, batch * heads * k.shape[1]))
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        grouped_q, grouped_grad, grouped_out = (
+            x[:, start:stop].unflatten(2, (k.shape[2], -1)).to(exact) for x in (q, grad, out)
+        )
+        logits = _logits(q, k, start, stop, causal, scale, exact)
+        probabilities = torch.exp(logits - lse[..., start:stop, None].unflatten(1, (k.shape[2], -1)))
+        dv += torch.einsum("bngts,btngd->bsnd", probabilities, grouped_grad)
+        # gradient of the logits: probability * (gradient of the probability - its mean under the softmax)
+        mean = (grouped_grad * grouped_out).sum(dim=-1).permute(0, 2, 3, 1)
+        dlogits = torch.einsum("btngd,bsnd->bngts", grouped_grad, v.to(exact)) - mean[..., None]
+        dlogits = dlogits.mul_(probabilities).mul_(scale)
+        dq[:, start:stop] = torch.einsum("bngts,bsnd->btngd", dlogits, k.to(exact)).flatten(2, 3)
+        dk += torch.einsum("bngts,btngd->bsnd", dlogits, grouped_q)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
 def weights(q: torch.Tensor, k: torch.Tensor, *, causal: bool, scale: float) -> torch.Tensor:
     """Attention weights of shape (batch, heads, queries, keys) in the dtype of `q`."""
     exact = torch.promote_types(q.dtype, torch.float32)
