@@ -180,7 +180,7 @@ def test_the_error_of_a_context_manager_leaves_the_earlier_patch():
 
 
 PROMPTS = [
-    ({"depth": 1.5}, "depth must be between 0 and 1, got 1.5"),
+    ({"depth": 1.5}, r"a depth must be between 0 \(the start\) and 1 \(the end of the prompt\), got 1.5"),
     ({"key": "123"}, "key must be five digits, got '123'"),
     ({"key": "12a45"}, "key must be five digits, got '12a45'"),
     ({"length": 20}, "length must be at least .* tokens for this tokenizer, got 20"),
@@ -209,7 +209,7 @@ COMMANDS = [
     (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
     ([*QUALITY, "--variants", "fast"], "sparse must be one of off, auto, block_scores, vertical_slash, got 'fast'"),
     ([*QUALITY, "--variants", "block_scores:density=all"], "a variant reads RULE or RULE:SETTING=NUMBER"),
-    ([*QUALITY, "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
+    ([*QUALITY, "--judged", "64", "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
     ([*CALIBRATE, "--start", "nowhere.json"], "there is no file nowhere.json"),
     (["bench", "speed"], "bench needs a CUDA device"),
 ]
