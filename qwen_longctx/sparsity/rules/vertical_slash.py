@@ -44,7 +44,8 @@ def indices(
     ----------
     view : SpanView
     verticals, slashes : torch.Tensor
-        Shape (heads,), int64: columns and diagonals of each head, forced ones among them.
+        Shape (heads,), int64: columns and diagonals of each head, forced ones among them. All forced ones are kept,
+        also where a number is smaller.
     last_q : int
         Queries that score the keys.
 
@@ -58,8 +59,9 @@ def indices(
     column_sums, diagonal_sums = view.once("sums", lambda: _sums(view, rows))
     column_sums[..., :FORCED_COLUMNS] = torch.inf
     diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
-    distance = _best(diagonal_sums, slashes)
-    return _best(column_sums, verticals), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
+    # never fewer than the forced ones: among those, equal sums would choose
+    distance = _best(diagonal_sums, slashes.clamp(min=FORCED_DIAGONALS))
+    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS)), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
 
 
 def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
