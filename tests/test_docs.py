@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from qwen_longctx import LongContextConfig
 from qwen_longctx.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,21 +148,14 @@ def test_command_line_page_is_complete(capsys):
         assert not missing, f"docs/command-line.md, {name}: {missing}"
 
 
-def test_settings_page_is_complete():
-    from dataclasses import fields
-
-    from qwen_longctx import LongContextConfig
-
-    page = [row[0] for table in tables(ROOT / "docs" / "settings.md") for row in table[1:]]
-    named = [name.strip("`") for name in page if name.startswith("`") and not re.match(r'`("|True|False)', name)]
-    known = list(LongContextConfig.from_model_config(tiny_config()).__dict__) or [f.name for f in fields(LongContextConfig)]
-    assert {name for name in known if not name.startswith("_")} >= set(named)
-
-
-def tiny_config():
-    from transformers import Qwen2Config
-
-    return Qwen2Config(max_position_embeddings=1024)
+def test_settings_page_has_every_setting_and_default():
+    rows = {row[0].strip("`"): row for table in tables(ROOT / "docs" / "settings.md") for row in table[1:]}
+    settings = {field.name: field.default for field in fields(LongContextConfig)}
+    shown = {name: row[1] for name, row in rows.items() if len(row) == 3}
+    assert set(shown) == set(settings)
+    for name, default in settings.items():
+        if isinstance(default, (bool, int, str)):
+            assert json.dumps(default) in shown[name] or f"`{default}`" in shown[name], (name, default)
 
 
 SPEED_ROWS = {
@@ -199,12 +194,15 @@ def test_speed_figures(path):
     assert checked >= 28
 
 
-def test_projected_figures_are_marked():
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "performance.md"], ids=lambda path: path.name)
+def test_projected_figures_are_marked(path):
     measured = {row["tokens"]: row for row in rows_of("speed_h200.json")}
-    for path in (README, ROOT / "docs" / "performance.md"):
-        (line,) = re.findall(r"^\| (?:patched, dense|dense, exact) \|(.*)\|$", path.read_text(), re.MULTILINE)
-        marked = [cell.strip().endswith("*") for cell in line.split("|")]
-        assert marked == ["projected" in measured[tokens]["dense_is"] for tokens in sorted(measured)]
+    projected = ["projected" in measured[tokens]["dense_is"] for tokens in sorted(measured)]
+    lines = re.findall(
+        r"^\| (?:dense over sparse|patched, dense|dense, exact) \|(.*)\|$", path.read_text(), re.MULTILINE
+    )
+    marked = [[cell.strip().endswith("*") for cell in line.split("|")] for line in lines]
+    assert [row for row in marked if len(row) == len(projected)] == [projected] * 2
 
 
 def test_quality_figures():
@@ -254,7 +252,9 @@ def test_passkey_figures():
 
 def test_stock_figures():
     measured = {row["tokens"]: row for row in rows_of("stock_h200.json")}
-    (table,) = (t for t in tables(ROOT / "docs" / "performance.md") if t[0][1:] == ["4,096", "8,192", "16,384", "32,768"])
+    (table,) = (
+        t for t in tables(ROOT / "docs" / "performance.md") if t[0][1:] == ["4,096", "8,192", "16,384", "32,768"]
+    )
     for key, (_, *cells) in zip(("prefill_ratio", "decode_ratio", "decode_again_ratio"), table[1:], strict=True):
         for length, cell in zip(table[0][1:], cells, strict=True):
             assert agrees(cell, measured[int(number(length))][key]), (key, length)
@@ -292,7 +292,9 @@ def test_dense_figures():
 def test_demo_figures():
     measured = {row["tokens"]: row for row in rows_of("demo.json")}
     shown = re.findall(r"^ +([\d,]+) +\d+x +(\d+) +(\d+)% +(\d+)%$", README.read_text(), re.MULTILINE)
-    (table,) = (t for t in tables(ROOT / "docs" / "performance.md") if t[0] == ["tokens", "prompts", "stock", "patched"])
+    (table,) = (
+        t for t in tables(ROOT / "docs" / "performance.md") if t[0] == ["tokens", "prompts", "stock", "patched"]
+    )
     page = [tuple(cell.removesuffix(" %") for cell in row) for row in table[1:]]
     assert shown == page and len(shown) == len(measured)
     for tokens, prompts, unpatched, patched in shown:
