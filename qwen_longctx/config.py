@@ -50,7 +50,7 @@ class Geometry(_Part):
     chunk_size: int
     local_size: int
     original_max_position_embeddings: int
-    attention_temperature: bool | str = True
+    attention_temperature: bool | str = "position"
 
     def __post_init__(self) -> None:
         for name in checkpoint.GEOMETRY_KEYS:

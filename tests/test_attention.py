@@ -97,7 +97,7 @@ def test_right_padding_hides_the_end():
 
 def test_temperature_is_the_prompts_then_each_tokens_own():
     q, k, v = tensors(1, 40, 1, 1)
-    long = LongContextConfig(12, 4, original_max_position_embeddings=10)
+    long = LongContextConfig(12, 4, original_max_position_embeddings=10, attention_temperature=True)
 
     def row(i, length):
         heat = (0.1 * math.log(length / 10) + 1) ** 2

@@ -208,7 +208,7 @@ COMMANDS = [
     (["passkey", "--model", "no/such/folder", "--lengths", "1000"], "no/such/folder"),
     (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
     ([*QUALITY, "--variants", "fast"], "sparse must be one of off, auto, block_scores, vertical_slash, got 'fast'"),
-    ([*QUALITY, "--variants", "block_scores:density=all"], "a variant reads RULE or RULE:SETTING=NUMBER"),
+    ([*QUALITY, "--variants", "block_scores:density"], "a variant reads RULE or RULE:SETTING=VALUE"),
     ([*QUALITY, "--judged", "64", "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
     ([*CALIBRATE, "--start", "nowhere.json"], "there is no file nowhere.json"),
     (["bench", "speed"], "bench needs a CUDA device"),

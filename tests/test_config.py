@@ -32,7 +32,7 @@ def test_equality_and_hash():
     assert one == other and hash(one) == hash(other)
     assert one != replace(one, last_q=3) and one != replace(one, sparse_attention_config=[])
     assert one.geometry == replace(one, last_q=3).geometry == config.Geometry(*THREE)
-    assert one.geometry != replace(one, attention_temperature="position").geometry
+    assert one.geometry != replace(one, attention_temperature=True).geometry
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.uint64])

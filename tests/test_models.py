@@ -47,9 +47,9 @@ def test_beyond_it_is_the_dense_dual_chunk_model(family):
     heat = LongContextConfig.from_model_config(model.config).temperature(210)
     assert heat > 1
     wanted = dense_model(model, ids, CHUNK, LOCAL, heat)
-    patch_qwen(model)
+    patch_qwen(model, attention_temperature=True)
     torch.testing.assert_close(model(ids).logits, wanted)
-    patch_qwen(model, kernel="reference")
+    patch_qwen(model, attention_temperature=True, kernel="reference")
     torch.testing.assert_close(model(ids).logits, wanted)
 
 
@@ -92,7 +92,7 @@ def test_the_temperature_is_the_whole_prompts_whatever_the_chunks(size):
     model = tiny_model("qwen2", dtype=torch.float64)
     ids = prompt(230)
     wanted = dense_model(model, ids, CHUNK, LOCAL, LongContextConfig(64, 16, 64).temperature(230))
-    patch_qwen(model, prefill_chunk_size=size)
+    patch_qwen(model, prefill_chunk_size=size, attention_temperature=True)
     torch.testing.assert_close(model(ids).logits, wanted)
 
 
@@ -124,7 +124,7 @@ def test_yarn_checkpoints_keep_their_frequencies():
     heat = LongContextConfig(64, 16, 64).temperature(210)
     ids = prompt(210)
     wanted = dense_model(model, ids, CHUNK, LOCAL, heat)
-    patch_qwen(model)
+    patch_qwen(model, attention_temperature=True)
     torch.testing.assert_close(model(ids).logits, wanted, atol=1e-6, rtol=1e-6)
     assert stock.shape[1] == 60
 

@@ -39,9 +39,8 @@ def of_row(values: torch.Tensor, tokens: int, side: str) -> torch.Tensor:
 @torch.no_grad()
 def test_a_padded_row_is_the_row_alone(family, side, positions, size):
     """Temperature, chunk borders and positions come from the mask; logits are those of the definition."""
-    model = patch_qwen(
-        tiny_model(family, dtype=torch.float64), prefill_chunk_size=size, original_max_position_embeddings=20
-    )
+    settings = {"original_max_position_embeddings": 20, "attention_temperature": True}
+    model = patch_qwen(tiny_model(family, dtype=torch.float64), prefill_chunk_size=size, **settings)
     rows, ids, mask = batch(LENGTHS, side)
     given = {}
     if positions == "of generate":
@@ -62,7 +61,7 @@ def test_a_padded_row_is_the_row_alone(family, side, positions, size):
 @torch.no_grad()
 def test_embedding_models_take_the_mask_alone(side, size):
     """A base model called by itself with a mask and no positions, as sentence embeddings do, also in chunks."""
-    settings = {"prefill_chunk_size": size, "original_max_position_embeddings": 20}
+    settings = {"prefill_chunk_size": size, "original_max_position_embeddings": 20, "attention_temperature": True}
     model = patch_qwen(Qwen2Model(tiny_model().config).double().eval(), **settings)
     rows, ids, mask = batch(LENGTHS, side)
     hidden = model(ids, attention_mask=mask).last_hidden_state

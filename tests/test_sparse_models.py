@@ -428,7 +428,10 @@ def test_variants():
     assert quality.variant("vertical_slash") == ("vertical_slash", {"sparse": "vertical_slash"})
     found = quality.variant("block_scores:density=0.1,last_q=32")
     assert found.overrides == {"sparse": "block_scores", "density": 0.1, "last_q": 32}
-    for text in ("block_scores:density", "block_scores:density=much"):
+    words = quality.variant("off:attention_temperature=position,kernel=auto").overrides
+    assert words == {"sparse": "off", "attention_temperature": "position", "kernel": "auto"}
+    assert quality.variant("off:attention_temperature=false").overrides["attention_temperature"] is False
+    for text in ("block_scores:density", "block_scores:density="):
         with pytest.raises(ValueError, match="a variant reads RULE"):
             quality.variant(text)
 

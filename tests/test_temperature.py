@@ -18,6 +18,7 @@ from qwen_longctx import LongContextCache, patch_qwen
 
 CHUNK, LOCAL = GEOMETRY["chunk_size"], GEOMETRY["local_size"]
 ORIGINAL = 20
+PROMPT_RULE = {"attention_temperature": True, "original_max_position_embeddings": ORIGINAL}
 CACHES = [DynamicCache, LongContextCache]
 
 
@@ -39,16 +40,14 @@ def definition(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) ->
 
 @pytest.fixture
 def model():
-    return patch_qwen(tiny_model(dtype=torch.float64), original_max_position_embeddings=ORIGINAL, prefill_chunk_size=50)
+    return patch_qwen(tiny_model(dtype=torch.float64), prefill_chunk_size=50, **PROMPT_RULE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [7, 64, 1000])
 @torch.no_grad()
 def test_a_prompt_and_what_follows(family, size):
-    model = patch_qwen(
-        tiny_model(family, dtype=torch.float64), original_max_position_embeddings=ORIGINAL, prefill_chunk_size=size
-    )
+    model = patch_qwen(tiny_model(family, dtype=torch.float64), prefill_chunk_size=size, **PROMPT_RULE)
     ids, cache = prompt(135), LongContextCache()
     logits = [model(ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 100), (100, 101), (101, 135)]]
     wanted = definition(model, ids, [100] * 100 + list(range(101, 136)))
@@ -60,9 +59,7 @@ def test_a_prompt_and_what_follows(family, size):
 @torch.no_grad()
 def test_by_position_any_cut_gives_the_same(cuts, size):
     model = tiny_model(dtype=torch.float64)
-    patch_qwen(
-        model, original_max_position_embeddings=ORIGINAL, prefill_chunk_size=size, attention_temperature="position"
-    )
+    patch_qwen(model, original_max_position_embeddings=ORIGINAL, prefill_chunk_size=size)  # "position" is the default
     ids, cache = prompt(135), LongContextCache()
     borders = [0, *cuts, 135]
     logits = [

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx quality``."""
     add_model(parser)
     add_lengths(parser, "tokens of the text")
-    parser.add_argument("--variants", nargs="+", metavar="RULE[:SETTING=NUMBER,…]", help="what to compare")
+    parser.add_argument("--variants", nargs="+", metavar="RULE[:SETTING=VALUE,…]", help="what to compare")
     parser.add_argument("--judged", type=at_least_one, help="tokens at the end that are judged, 8192 by default")
     parser.add_argument(
         "--depths", type=depth, nargs="*", default=[], help="passkeys at the same length, one for each depth of 0 to 1"

@@ -46,7 +46,7 @@ class Variant(NamedTuple):
 
 
 def variant(text: str) -> Variant:
-    """Read ``rule`` or ``rule:setting=number,…``.
+    """Read ``rule`` or ``rule:setting=value,…``; a value is a number, true, false, or a word.
 
     Raises
     ------
@@ -56,14 +56,22 @@ def variant(text: str) -> Variant:
     rule, _, rest = text.partition(":")
     overrides: dict[str, Any] = {"sparse": rule}
     for item in filter(None, rest.split(",")):
-        key, sign, value = item.partition("=")
-        try:
-            overrides[key] = int(value) if value.isdigit() else float(value)
-        except ValueError:
-            sign = ""
-        if not sign:
-            raise InvalidValue(f"a variant reads RULE or RULE:SETTING=NUMBER,…, got {text!r}")
+        key, _, value = item.partition("=")
+        if not value:
+            raise InvalidValue(f"a variant reads RULE or RULE:SETTING=VALUE,…, got {text!r}")
+        overrides[key] = _value(value)
     return Variant(text, overrides)
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 class Judged(NamedTuple):
