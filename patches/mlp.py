@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm as fused
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm as fused
 from qwen_longctx.patches.method import PatchedMethod
 
 

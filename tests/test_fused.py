@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from helpers import DEVICES, tiny_model
 from qwen_longctx import patched_qwen
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm as fused
 
 
 def test_nothing_is_left_to_liger_without_cuda():

@@ -12,7 +12,7 @@ from qwen_longctx import ops, sparsity
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.keep import keep
-from qwen_longctx.ops.lists import compact
+from qwen_longctx.ops.compact import compact
 from qwen_longctx.sparsity.rules import block_scores, vertical_slash
 from qwen_longctx.sparsity.rules.rule import Rule, steer
 from qwen_longctx.sparsity.state import SparseState

@@ -21,7 +21,7 @@ from qwen_longctx.bench import bench
 from qwen_longctx.config import SPARSE
 from qwen_longctx.evaluation import calibrate, corpus, passkey, plots, quality
 from qwen_longctx.evaluation.environment import environment, write_results
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm as fused
 from qwen_longctx.ops.engines import engine
 from qwen_longctx.prefill import memory
 from qwen_longctx.sparsity import budgets

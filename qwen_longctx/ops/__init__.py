@@ -20,7 +20,7 @@ import torch
 
 from qwen_longctx.config import KERNELS
 from qwen_longctx.ops import fa4, flex
-from qwen_longctx.ops.lists import BlockLists
+from qwen_longctx.ops.compact import BlockLists
 from qwen_longctx.ops.reference import reference
 from qwen_longctx.ops.sdpa import sdpa
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qwen_longctx.ops.lists import BlockLists
+from qwen_longctx.ops.compact import BlockLists
 
 _LOGITS_AT_A_TIME = 1 << 26  # bounds the logits that exist at once
 

@@ -14,7 +14,7 @@ from qwen_longctx import ops
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Segment
 from qwen_longctx.ops.columns import columns
-from qwen_longctx.ops.lists import compact
+from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.sparsity import budgets
 from qwen_longctx.sparsity.rules import block_scores, vertical_slash

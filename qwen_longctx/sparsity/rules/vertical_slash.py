@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.lse import joint_lse, row_logits
+from qwen_longctx.ops.row_lse import joint_lse, row_logits
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.view import Selection, SpanView
 
