@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen_longctx.attention import dense as attention
-from qwen_longctx.geometry.layout import Plan
+from qwen_longctx.attention import dense
+from qwen_longctx.errors import PatchConflict, Unsupported
+from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.kv.hf_cache import append
+from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.patches.method import PatchedMethod
 
 IMPLEMENTATION = "qwen_dca"
@@ -24,14 +26,18 @@ def attention_forward(
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
     *,
-    dual_chunk: Plan | None = None,
+    dual_chunk: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back."""
     if dual_chunk is None:
-        raise RuntimeError(
+        raise PatchConflict(
             f"{type(self).__name__} of a patched model was called without its model's forward, which plans the "
             "positions: call the whole model, or unpatch_qwen() first"
+        )
+    if self.training and self.attention_dropout:
+        raise Unsupported(
+            f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q = self.q_proj(hidden_states).view(shape)
@@ -39,30 +45,28 @@ def attention_forward(
     v = self.v_proj(hidden_states).view(shape)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
-    k = rotate(k, dual_chunk.tables.keys)
-    key_means = None
+    k = rotate(k, dual_chunk.tables.keys).to(v.dtype)  # under autocast norms and tables are float32, projections not
+    kv: Store | Tensors = Tensors(k, v)
     if past_key_values is not None:
-        k, v = _cache(past_key_values, k, v, self.layer_idx, kwargs)
-        if isinstance(past_key_values, LongContextCache):
-            key_means = past_key_values.layers[self.layer_idx].key_means
-    if self.training and self.attention_dropout:
-        raise NotImplementedError(
-            f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
+        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
+    held = _held(kv)
+    if held.shape[1] < dual_chunk.length:
+        raise PatchConflict(
+            f"attention was given {held.shape[1]} of {dual_chunk.length} keys: the cache was dropped on the way, as "
+            "gradient checkpointing does. Train without past_key_values, or without gradient checkpointing"
         )
-    out = attention.attend(q, k, v, dual_chunk, self.scaling, self.layer_idx, key_means).flatten(2)
-    weights = attention.weights(q, k, dual_chunk, self.scaling) if dual_chunk.weights else None
+    q = q.to(held.dtype)
+    out = dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2).to(v.dtype)
+    weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
 
 
-def _cache(
-    cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append to any transformers cache; tensors of shape (batch, tokens, kv_heads, head_dim) in and out."""
-    if isinstance(cache, LongContextCache):
-        return cache.append(k, v, layer)
-    extra = {"cache_position": kwargs["cache_position"]} if kwargs.get("cache_position") is not None else None
-    keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer, *([extra] if extra else []))
-    return keys.transpose(1, 2), values.transpose(1, 2)
+def _held(kv: Store | Tensors) -> torch.Tensor:
+    """All keys, with the free room behind them."""
+    if isinstance(kv, Tensors):
+        return kv.k
+    assert kv.buffers is not None
+    return kv.buffers[0]
 
 
 def registered_attention(
@@ -79,7 +83,7 @@ def registered_attention(
 
     The patch replaces the caller; without it positions are those of plain rotary attention.
     """
-    raise RuntimeError(
+    raise PatchConflict(
         f'attn_implementation="{IMPLEMENTATION}" needs the patch, which maps the positions: call patch_qwen() before '
         "loading, or patch_qwen(model)"
     )

@@ -1,71 +1,152 @@
-"""Replaces ``generate``: checks the request and brings a cache with room for the whole run."""
+"""Replaces ``generate``: checks the request and brings a cache with room for the run."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.kv.sequence import held_tokens, open_cache, sequence_of
+from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.patches.model import cached_tokens, check_cache_type, check_static_cache, masks_left_2d, padding_mask
+from qwen_longctx.patches.model import check_cache_type, check_ids, check_static_cache, given_inputs, padding_mask
 from qwen_longctx.prefill import memory
 
+_STATIC = ("static", "offloaded_static")
 
-def generate(
-    patched: PatchedMethod,
-    self: Any,
-    inputs: torch.Tensor | None = None,
-    generation_config: Any = None,
-    **kwargs: Any,
-) -> Any:
+
+def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     """The stock generate on a `LongContextCache`, unless the caller brings or asks for another cache."""
+    config = arguments.get("generation_config")
+    config = self.generation_config if config is None else config
     settings = patched.settings(self.config)
-    config = generation_config if generation_config is not None else self.generation_config
-    prompt = _prompt(inputs, kwargs)
-    padding_mask(kwargs.get("attention_mask"))
-    cache = kwargs.get("past_key_values")
+    prompt = _prompt(arguments)
+    cache = arguments.get("past_key_values")
     check_cache_type(cache)
-    length = _final_length(prompt, cache, config, kwargs)
-    implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
-    if implementation in ("static", "offloaded_static", "paged") and length > settings.stride:
-        raise NotImplementedError(
+    held = 0
+    if cache is not None:
+        open_cache(cache, (settings.chunk_size, settings.local_size))
+        held = held_tokens(cache)
+    if prompt is not None:
+        _check_prompt(self, prompt, held, config, arguments)
+    length = _first_room(prompt, held, config, arguments)
+    implementation = _option(config, arguments, "cache_implementation")
+    _check_cache_implementation(implementation, length, settings)
+    check_static_cache(cache, length, settings)
+    uses_cache = _option(config, arguments, "use_cache") is not False
+    if cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None:
+        rows = prompt.shape[0] * max(
+            _option(config, arguments, "num_beams") or 1, _option(config, arguments, "num_return_sequences") or 1
+        )
+        _check_memory(self, prompt, length, rows, settings)
+        cache = arguments["past_key_values"] = LongContextCache(length)
+        arguments.pop("cache_implementation", None)
+        if getattr(config, "cache_implementation", None) is not None:  # transformers refuses it beside a cache
+            arguments["generation_config"] = config = copy.copy(config)
+            config.cache_implementation = None
+    with _settings_kept(cache, settings, 0 if prompt is None or held else prompt.shape[1]):
+        return patched.call(self, **arguments)
+
+
+@contextmanager
+def _settings_kept(cache: Any, settings: LongContextConfig, announced: int) -> Iterator[None]:
+    """All forwards of the block on `cache` run with `settings`; its first one knows the length of the prompt."""
+    if cache is None:
+        yield
+        return
+    state = sequence_of(cache)
+    before, state.settings, state.announced = state.settings, settings, announced
+    try:
+        yield
+    finally:
+        state.settings, state.announced = before, 0
+
+
+def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """What the first forward is given; None where generate makes its own beginning of a text."""
+    embeds = arguments.get("inputs_embeds")
+    ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
+    found = ids if embeds is None else embeds
+    if found is not None:
+        given_inputs({"input_ids": found} if embeds is None else {"inputs_embeds": found})
+    return found
+
+
+def _option(config: Any, arguments: dict[str, Any], name: str) -> Any:
+    """An option of generate, given by keyword or by a generation config."""
+    value = arguments.get(name)
+    return getattr(config, name, None) if value is None else value
+
+
+def _check_prompt(model: Any, prompt: torch.Tensor, held: int, config: Any, arguments: dict[str, Any]) -> None:
+    """Refuse what a forward would refuse, and rows that are padded on the right, before the first chunk."""
+    vocabulary = model.config.vocab_size
+    check_ids(prompt, vocabulary, "prefill")
+    mask = padding_mask(arguments.get("attention_mask"))
+    if mask is None and not prompt.is_floating_point():
+        mask = _inferred_mask(prompt, config, arguments)
+        if mask is not None and not held:
+            arguments["attention_mask"] = mask
+    if mask is None:
+        return
+    tokens = prompt.shape[1]
+    if held and tokens > held and arguments.get("inputs_embeds") is None and mask.shape[-1] == tokens:
+        held, tokens = 0, tokens  # the whole text so far, of which the cache holds the beginning
+    call = read_call(mask, None, batch=prompt.shape[0], tokens=tokens, cached=held)
+    for number, row in enumerate(call.rows):
+        if row.last and row.last < call.end:
+            raise InvalidValue(
+                f"row {number} of attention_mask ends with {call.end - row.last} tokens of padding, and generate would go "
+                'on behind them: pad on the left (tokenizer.padding_side = "left")'
+            )
+
+
+def _inferred_mask(ids: torch.Tensor, config: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """The mask that generate makes of pad tokens where it is given none, with padding before a row's text only.
+
+    A pad token within the text is a token like others: assisted decoding meets it in drafts.
+    """
+    pad, eos = (_option(config, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    if pad is None or int(pad) in ends:
+        return None
+    padding = ids == int(pad)
+    if not bool(padding.any()):
+        return None
+    leading = padding.long().cumprod(dim=1).bool()
+    if ids.shape[0] > 1 and bool((padding[:, -1] & ~leading[:, -1]).any()):
+        return (~padding).long()  # padded on the right, it seems: refused by the caller
+    return (~leading | leading.all(dim=1, keepdim=True)).long()
+
+
+def _first_room(prompt: torch.Tensor | None, held: int, config: Any, arguments: dict[str, Any]) -> int:
+    """Tokens to make room for: the prompt and what may follow, as far as one step of growth goes."""
+    tokens = prompt.shape[1] if prompt is not None else 0
+    tokens = held + tokens if arguments.get("inputs_embeds") is not None else max(tokens, held)
+    new = _option(config, arguments, "max_new_tokens")
+    if new is None:
+        new = (_option(config, arguments, "max_length") or 0) - tokens
+    return tokens + max(0, min(new, STEP))
+
+
+def _check_cache_implementation(implementation: Any, length: int, settings: LongContextConfig) -> None:
+    if implementation == "paged":
+        raise Unsupported("cache_implementation='paged' (continuous batching) is not supported: leave it out")
+    if implementation in _STATIC and length > settings.stride:
+        raise Unsupported(
             f"cache_implementation={implementation!r} holds one chunk of {settings.stride} tokens at most, this run "
             f"has {length}: leave it out and generate() takes a LongContextCache"
         )
-    check_static_cache(cache, length, settings)
-    uses_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
-    if cache is None and implementation in (None, "dynamic") and uses_cache is not False and prompt is not None:
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        returned = kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
-        _check_memory(self, prompt, length, prompt.shape[0] * max(beams, returned), settings)
-        cache = LongContextCache(length)
-        kwargs["past_key_values"] = cache
-        kwargs.pop("cache_implementation", None)
-    if isinstance(cache, LongContextCache) and prompt is not None:
-        cache.prompt_length = prompt.shape[1] + (cached_tokens(cache) if "inputs_embeds" in kwargs else 0)
-    with masks_left_2d(self.config):
-        return patched.call(self, inputs=inputs, generation_config=generation_config, **kwargs)
 
 
-def _prompt(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    for found in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")):
-        if found is not None:
-            return found
-    return None
-
-
-def _final_length(prompt: torch.Tensor | None, cache: Any, config: Any, kwargs: dict[str, Any]) -> int:
-    """Tokens in the cache at the end, as far as the request tells."""
-    tokens = prompt.shape[1] if prompt is not None else 0
-    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-    if new is not None:
-        return max(tokens, cached_tokens(cache)) + new
-    most = kwargs.get("max_length", getattr(config, "max_length", None)) or 0
-    return max(tokens, cached_tokens(cache), most)
-
-
-def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, settings: Any) -> None:
+def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, settings: LongContextConfig) -> None:
     """Say before the start that a run cannot fit. Several devices share the work in ways only a run can tell."""
     if prompt.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return

@@ -1,179 +1,291 @@
-"""Replaces the base model's forward: checks the request and plans the positions once for all layers."""
+"""Replaces the base model's forward: checks the call, cuts it into chunks, and lays each of them out for all layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import StaticCache
-from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import sparsity
-from qwen_longctx.config import LongContextConfig, head_dim
-from qwen_longctx.geometry.layout import Plan, RotarySource, make_plan
-from qwen_longctx.patches.attention import IMPLEMENTATION
-from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.sparsity.state import Request, state_of
+from qwen_longctx.checkpoint import local_heads
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
+from qwen_longctx.kv.hf_cache import LongContextCache, guard
+from qwen_longctx.kv.sequence import held_tokens, open_cache, sequence_of
+from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.prefill.run import Run
 
-logger = transformers_logging.get_logger(__name__)
+_WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+class Forward(NamedTuple):
+    """One forward of a run: the tokens ``[start, stop)``, as indices in the cache."""
+
+    run: Run
+    start: int
+    stop: int
 
 
 def model_forward(
-    patched: PatchedMethod,
-    self: Any,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: Any = None,
-    position_ids: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: torch.Tensor | None = None,
-    use_cache: bool | None = None,
-    *,
-    prompt_length: int = 0,
-    **kwargs: Any,
+    patched: PatchedMethod, self: Any, *, dual_chunk_forward: Forward | None = None, **arguments: Any
 ) -> Any:
-    """Hand every layer one plan of the positions; the rest is the stock forward."""
-    inputs = inputs_embeds if inputs_embeds is not None else input_ids
-    if inputs is None:
-        raise ValueError("give input_ids or inputs_embeds: the forward got neither")
-    settings = patched.settings(self.config)
-    attention_mask = padding_mask(attention_mask)
-    check_cache_type(past_key_values)
-    grown = cached_tokens(past_key_values) + inputs.shape[1]
-    check_static_cache(past_key_values, grown, settings)
-    keeps_graph = torch.is_grad_enabled() and _requires_grad(self, inputs_embeds)
-    if keeps_graph:
-        _check_training(grown, settings)
-    if keeps_graph and past_key_values is None and grown > settings.stride:
-        use_cache = False  # one chunk of its own: its keys could not be continued
-    weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-    prompt_length = prompt_length or getattr(past_key_values, "prompt_length", 0)
-    exact = keeps_graph or weights or inputs.shape[1] == 1
-    sparse = None if exact else _sparse(settings, self, inputs.device, past_key_values, max(prompt_length, grown))
-    plan = _plan(
-        self,
-        inputs,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        settings,
-        prompt_length=prompt_length,
-        one_chunk=keeps_graph and past_key_values is None and grown > settings.stride,
-        kernel="reference" if keeps_graph and grown > settings.stride else None,
-        weights=weights,
-        sparse=sparse,
-    )
-    with masks_left_2d(self.config):
-        outputs = patched.call(
-            self,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            dual_chunk=plan,
-            **kwargs,
-        )
-    if sparse is not None:
-        sparse.state.check()
+    """Hand every layer one layout of the forward; the rest is the stock forward.
+
+    `dual_chunk_forward` comes from a patched ``ForCausalLM.forward``, which has checked the call and commits it. Called
+    on its own, or by another head, the model does both itself, and prefills in chunks.
+    """
+    if dual_chunk_forward is not None:
+        return _one_forward(patched, self, dual_chunk_forward, arguments)
+    run = begin(patched, self, self, arguments)
+    arguments["past_key_values"] = run.cache
+    with run.committed():
+        if not in_chunks(run, self.config, arguments):
+            return _one_forward(patched, self, Forward(run, run.call.cached, run.call.end), arguments)
+        return _in_chunks(patched, self, run, arguments)
+
+
+def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments: dict[str, Any]) -> Any:
+    run = forward.run
+    inputs = given_inputs(arguments)[1]
+    layout = _layout(model, forward, inputs)
+    # a mask of four dimensions is handed on as it is, so transformers builds none of queries x keys
+    arguments["attention_mask"] = torch.empty((0, 0, 0, 0), device=inputs.device)
+    outputs = patched.call(model, dual_chunk=layout, **arguments)
+    if run.cache is not None:
+        guard(run.cache)
     return outputs
 
 
-def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Request | None:
-    """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
-    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
-        return None
-    name = sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
-    if name is None:
-        return None
-    request = sparsity.request(name, settings, model.config, state_of(cache), length)
-    logger.warning_once(
-        f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
-        'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
-    )
-    return request
-
-
 @torch.compiler.disable
-def _plan(
-    model: Any,
-    inputs: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: Any,
-    settings: LongContextConfig,
-    **options: Any,
-) -> Plan:
-    rotary = model.rotary_emb
-    return make_plan(
-        position_ids,
-        attention_mask,
-        batch=inputs.shape[0],
-        tokens=inputs.shape[1],
-        cached=cached_tokens(cache),
-        settings=settings,
+def _layout(model: Any, forward: Forward, inputs: torch.Tensor) -> Layout:
+    run, rotary = forward.run, model.rotary_emb
+    return make_layout(
+        run.call,
+        forward.start,
+        forward.stop,
+        settings=run.settings,
         rotary=RotarySource(rotary.inv_freq, rotary.attention_scaling),
         dtype=inputs.dtype if inputs.is_floating_point() else model.embed_tokens.weight.dtype,
         device=inputs.device,
-        **options,
+        mode=run.mode,
+        weights=run.weights,
+        sparse=run.sparse,
     )
 
 
-def cached_tokens(cache: Any) -> int:
-    """Tokens in any transformers cache, or 0."""
-    return 0 if cache is None else int(cache.get_seq_length())
+def _in_chunks(patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, Any]) -> Any:
+    """The stock forward a chunk at a time, with the hidden states of all tokens."""
+    arguments = dict(arguments)
+    wants_cache, wants_dict = wanted_outputs(model.config, arguments)
+    hidden: torch.Tensor | None = None
+    outputs: Any = None
+    for start, stop in run.chunks():
+        part = chunk_of(run, arguments, start, stop)
+        outputs = _one_forward(patched, model, Forward(run, start, stop), part)
+        last = outputs.last_hidden_state
+        if hidden is None:
+            hidden = last.new_empty(last.shape[0], run.tokens, last.shape[2])
+        hidden[:, start - run.call.cached : stop - run.call.cached] = last
+    return with_fields(outputs, wants_dict, wants_cache, last_hidden_state=hidden)
 
 
-def padding_mask(mask: Any) -> torch.Tensor | None:
+def with_fields(outputs: Any, as_dict: bool, with_cache: bool, **fields: Any) -> Any:
+    """Outputs of a model with other values in some fields, in the order of the class, as an object or a tuple."""
+    values = {name: value for name, value in outputs.items() if with_cache or name not in ("cache", OLD_NAME)}
+    changed = type(outputs)(**{**values, **fields})
+    return changed if as_dict else changed.to_tuple()
+
+
+def wanted_outputs(config: Any, arguments: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the caller wants the cache, and outputs as an object; takes ``return_dict`` out of `arguments`."""
+    use_cache, return_dict = arguments.get("use_cache"), arguments.pop("return_dict", None)
+    wants_cache = bool(config.use_cache if use_cache is None else use_cache)
+    return wants_cache, getattr(config, "return_dict", True) if return_dict is None else bool(return_dict)
+
+
+def chunk_of(run: Run, arguments: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The arguments of the forward of one chunk, the tokens ``[start, stop)`` of the cache."""
+    name, inputs = given_inputs(arguments)
+    tokens = slice(start - run.call.cached, stop - run.call.cached)
+    part = {**arguments, name: inputs[:, tokens], "use_cache": True, "return_dict": True}
+    for along in ("position_ids", "cache_position"):
+        if part.get(along) is not None:
+            part[along] = part[along][..., tokens]
+    return part
+
+
+def in_chunks(run: Run, config: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a call is cut: it is long, and neither gradients nor outputs of all layers are wanted."""
+    whole = any(_asked(config, arguments, name) for name in _WHOLE_ONLY)
+    return run.tokens > run.settings.prefill_chunk_size and run.mode != "train" and not whole
+
+
+def _asked(config: Any, arguments: dict[str, Any], name: str) -> bool:
+    value = arguments.get(name)
+    return bool(getattr(config, name, False) if value is None else value)
+
+
+def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, Any]) -> Run:
+    """Check a call before any work starts, and open its cache.
+
+    Parameters
+    ----------
+    patched : PatchedMethod
+    model, base : transformers.PreTrainedModel
+        The model that was called, and the base model in it.
+    arguments : dict
+        Of the call, by name.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, PatchConflict
+        What cannot be run, see `read_call` and `open_cache`.
+    """
+    _, inputs = given_inputs(arguments)
+    cache = arguments.get("past_key_values")
+    check_cache_type(cache)
+    settings = settings_of(patched, model.config, cache)
+    check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
+    mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
+    if needs_gradients(base, arguments.get("inputs_embeds"), cache):
+        mode = "train"
+    if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
+        cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0)
+    known, announced = frozenset({0}), 0
+    if cache is not None:
+        state = open_cache(cache, (settings.chunk_size, settings.local_size))
+        known, announced = state.shifts, state.announced
+    call = read_call(
+        padding_mask(arguments.get("attention_mask")),
+        arguments.get("position_ids"),
+        batch=inputs.shape[0],
+        tokens=inputs.shape[1],
+        cached=held_tokens(cache),
+        known_shifts=known,
+        announced=announced,
+    )
+    check_ids(inputs, base.config.vocab_size, mode)
+    weights = _asked(model.config, arguments, "output_attentions")
+    sparse = None
+    if mode == "prefill" and not weights:
+        sparse = _sparse(settings, base, inputs.device, cache, call.longest)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse)
+
+
+def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:
+    """The settings of the `generate` in progress, which read them once, or those in force now."""
+    found = None if cache is None else sequence_of(cache).settings
+    return patched.settings(config) if found is None else found
+
+
+def _wants_new_cache(model: Any, base: Any, mode: Mode, arguments: dict[str, Any], chunked: bool) -> bool:
+    """Whether the call fills a cache that nobody brought."""
+    use_cache = arguments.get("use_cache")
+    wanted = model.config.use_cache if use_cache is None else use_cache
+    recomputed = mode == "train" and getattr(base, "gradient_checkpointing", False)
+    return bool(wanted or (chunked and mode == "prefill")) and not recomputed
+
+
+def given_inputs(arguments: dict[str, Any]) -> tuple[str, torch.Tensor]:
+    """Name and value of ``input_ids`` or ``inputs_embeds``, checked for their form."""
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise InvalidValue("give input_ids or inputs_embeds: the forward got neither")
+    if ids is not None and embeds is not None:
+        raise InvalidValue("give input_ids or inputs_embeds: the forward got both")
+    name, inputs, form = ("input_ids", ids, 2) if embeds is None else ("inputs_embeds", embeds, 3)
+    if not isinstance(inputs, torch.Tensor):
+        raise InvalidType(f"{name} must be a tensor, got {type(inputs).__name__}")
+    if inputs.ndim != form:
+        shape = "(batch, tokens)" if form == 2 else "(batch, tokens, hidden)"
+        raise InvalidValue(f"{name} must have shape {shape}, got {tuple(inputs.shape)}")
+    if name == "input_ids" and (inputs.is_floating_point() or inputs.dtype == torch.bool):
+        raise InvalidType(f"input_ids must be integers, got {inputs.dtype}")
+    if 0 in inputs.shape[:2]:
+        raise InvalidValue(f"{name} of shape {tuple(inputs.shape)} holds no tokens: give a prompt of at least one")
+    return name, inputs
+
+
+def check_ids(inputs: torch.Tensor, vocabulary: int, mode: Mode) -> None:
+    """Refuse token ids that the model has no embedding for. One transfer to the host, none in decoding."""
+    if inputs.is_floating_point() or mode == "decode":
+        return
+    least, most = torch.stack(torch.aminmax(inputs)).tolist()
+    if least < 0 or most >= vocabulary:
+        wrong = least if least < 0 else most
+        raise InvalidValue(
+            f"input_ids hold the token id {wrong}, the model knows 0 to {vocabulary - 1}: does the tokenizer belong to it?"
+        )
+
+
+def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Any:
+    """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
+    return sparsity.plan_request(
+        settings,
+        model.config,
+        heads=lambda: local_heads(model),
+        device=device,
+        dtype=model.dtype,
+        state=sparsity.SparseState() if cache is None else sequence_of(cache).sparse,
+        length=length,
+        observer=getattr(cache, "observer", None),
+    )
+
+
+def padding_mask(mask: Any) -> Any:
     """The 2D padding mask in what the caller or generate prepared."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask must have shape (batch, tokens), got {tuple(mask.shape)}: dual chunk attention is causal "
-            "and takes no custom masks; give the 2D padding mask"
-        )
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        return _padding_of_causal(mask)
     return mask
+
+
+def _padding_of_causal(mask: torch.Tensor) -> torch.Tensor:
+    """The padding in a 4D mask that is causal apart from it, as generate prepares for static caches.
+
+    Other masks are handed back as they are, and refused.
+    """
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    queries, keys = mask.shape[2:]
+    padding = seen[:, 0, -1]
+    last = padding.any(0).nonzero()
+    if mask.shape[1] != 1 or len(last) == 0:
+        return mask
+    end = int(last[-1]) + 1  # beyond it lies the free room of a static cache
+    index = torch.arange(keys, device=mask.device)
+    causal = index <= (index[end - queries : end] if end >= queries else index)[:, None]
+    wanted = causal & padding[:, None]
+    rows = torch.arange(end - queries, end, device=mask.device)
+    real = padding[:, rows]  # what padded queries see is of no account
+    same = (seen[:, 0] == wanted) | ~real[..., None]
+    return padding[:, :end] if bool(same.all()) else mask
 
 
 def check_cache_type(cache: Any) -> None:
     """Refuse what is no transformers cache of one run."""
     name = type(cache).__name__
     if cache is not None and (not hasattr(cache, "get_seq_length") or "Paged" in name):
-        raise NotImplementedError(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
+        raise Unsupported(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
 
 
 def check_static_cache(cache: Any, length: int, settings: LongContextConfig) -> None:
     """Refuse a static cache beyond one chunk."""
     if isinstance(cache, StaticCache) and length > settings.stride:
-        raise NotImplementedError(
+        raise Unsupported(
             f"a static cache holds one chunk of {settings.stride} tokens at most, this run has {length}: "
             "leave cache_implementation out and generate() takes a LongContextCache"
         )
 
 
-def _check_training(length: int, settings: LongContextConfig) -> None:
-    if length > settings.chunk_size:
-        raise NotImplementedError(
-            f"training on {length} tokens goes beyond chunk_size ({settings.chunk_size}): "
-            "shorten the sequence, or run under torch.no_grad() if no gradient is wanted"
-        )
-
-
-def _requires_grad(model: Any, inputs_embeds: torch.Tensor | None) -> bool:
+def needs_gradients(model: Any, inputs_embeds: torch.Tensor | None, cache: Any) -> bool:
+    """Whether anything in a call requires gradients: a parameter, the embeddings given, or keys in the cache."""
+    if not torch.is_grad_enabled():
+        return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
         return True
+    if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in getattr(cache, "layers", ())):
+        return True
     return any(parameter.requires_grad for parameter in model.parameters())
-
-
-@contextmanager
-def masks_left_2d(config: Any) -> Iterator[None]:
-    """Keep transformers from building masks of queries x keys while a stock method runs."""
-    before = config._attn_implementation
-    config._attn_implementation = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -6,9 +6,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+
+settings.register_profile("patient", deadline=None)  # machines that run tests are shared
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

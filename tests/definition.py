@@ -19,6 +19,17 @@ def relative_rotations(i: int, j: int, chunk_size: int, local_size: int) -> tupl
     return chunk_size, j % stride
 
 
+def all_rotations(tokens: int, chunk_size: int, local_size: int) -> torch.Tensor:
+    """`relative_rotations` of all pairs, shape (tokens, tokens, 2)."""
+    stride = chunk_size - local_size
+    i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    apart = i // stride - j // stride
+    query = torch.where(
+        apart == 0, i % stride, torch.where(apart == 1, (i % stride + stride).clamp(max=chunk_size), chunk_size)
+    )
+    return torch.stack((query, (j % stride).expand(tokens, tokens)), -1)
+
+
 def turn(x: torch.Tensor, position: int, inv_freq: torch.Tensor) -> torch.Tensor:
     """Rotate one head vector by halves."""
     angle = position * inv_freq.double()
@@ -53,13 +64,15 @@ def dual_chunk_attention(
 
 
 def dense_model(
-    model: torch.nn.Module, ids: torch.Tensor, chunk_size: int, local_size: int, heat: float = 1.0
+    model: torch.nn.Module, ids: torch.Tensor, chunk_size: int, local_size: int, heat: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
-    """Logits of a Qwen model run densely in float64 on one sequence; `heat` multiplies the attention logits."""
+    """Logits of a Qwen model run densely in float64 on one sequence.
+
+    `heat` multiplies the attention logits: one number, or one for each query, of shape (tokens, 1).
+    """
     base, tokens = model.model, ids.shape[1]
     inv_freq = base.rotary_emb.inv_freq.double()
-    pairs = [[relative_rotations(i, j, chunk_size, local_size) for j in range(tokens)] for i in range(tokens)]
-    at = torch.tensor(pairs)
+    at = all_rotations(tokens, chunk_size, local_size)
     x = base.embed_tokens(ids)
     for layer in base.layers:
         own = layer.self_attn

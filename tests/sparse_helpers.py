@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from transformers import PretrainedConfig
 from definition import _pair_logits
 from qwen_longctx import LongContextConfig, sparsity
 from qwen_longctx.attention.dense import attend
-from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.checkpoint import Heads
+from qwen_longctx.geometry.layout import Call, RotarySource, make_layout
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.kv.store import Tensors
+from qwen_longctx.sparsity.record import SpanRecord, SparseState
 
 DIM = 16
 CHUNK, LOCAL = 256, 64
@@ -43,17 +44,15 @@ def draw(tokens: int, heads: int = 4, kv_heads: int = 2, batch: int = 1) -> tupl
     return q, k, v
 
 
-class Spy:
-    """A rule that notes every view and selection of the rule it stands before."""
+class Spy(sparsity.Observer):
+    """An observer that notes every sparse span."""
 
-    def __init__(self, rule: sparsity.Rule) -> None:
-        self.rule = rule
+    def __init__(self) -> None:
         self.seen: list[tuple[sparsity.SpanView, sparsity.Selection]] = []
 
-    def select(self, view: sparsity.SpanView, budget: torch.Tensor, request: sparsity.Request) -> sparsity.Selection:
-        selection = self.rule.select(view, budget, request)
+    def span(self, view: sparsity.SpanView, selection: sparsity.Selection, record: SpanRecord) -> None:
+        assert (view.layer, view.span.start, view.span.stop) == (record.layer, record.start, record.stop)
         self.seen.append((view, selection))
-        return selection
 
 
 def prefill(
@@ -68,30 +67,23 @@ def prefill(
     """Attend in chunks that end at `cuts`; returns outputs, state and what was selected."""
     model = PretrainedConfig(num_hidden_layers=layers, num_attention_heads=q.shape[2])
     state = state or SparseState()
-    wanted = sparsity.request(config.sparse, config, model, state, q.shape[1])
-    spy = Spy(wanted.rule)
-    request = replace(wanted, rule=wanted.rule._replace(select=spy.select))
+    spy, heads = Spy(), Heads(q.shape[2], k.shape[2])
+    request = sparsity.make_request(config.sparse, config, model, heads, state, q.shape[1], spy)
     turned = torch.empty_like(k)
     outs = []
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
-        plan = make_plan(
-            None,
-            None,
-            batch=q.shape[0],
-            tokens=stop - start,
-            cached=start,
+        layout = make_layout(
+            Call.whole(q.shape[0], q.shape[1]),
+            start,
+            stop,
             settings=config,
             rotary=RotarySource(INV_FREQ, 1.0),
             dtype=q.dtype,
             device=q.device,
-            prompt_length=q.shape[1],
             sparse=request,
         )
-        turned[:, start:stop] = rotate(k[:, start:stop], plan.tables.keys)
-        outs.append(attend(q[:, start:stop], turned[:, :stop], v[:, :stop], plan, SCALE))
-    spans = {(record.start, record.stop) for record in state.records}
-    last = {(view.span.start, view.span.stop): (view, selection) for view, selection in spy.seen}
-    spy.seen = [seen for span, seen in last.items() if span in spans]  # without the trials of a first budget
+        turned[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
+        outs.append(attend(q[:, start:stop], Tensors(turned[:, :stop], v[:, :stop]), layout, SCALE))
     return torch.cat(outs, dim=1), state, spy
 
 

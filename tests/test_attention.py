@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from definition import dual_chunk_attention
 from qwen_longctx import LongContextConfig
 from qwen_longctx.attention.dense import attend, weights
-from qwen_longctx.geometry.layout import RotarySource, make_plan
+from qwen_longctx.geometry.layout import Call, RotarySource, make_layout, read_call
 from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.store import Tensors
 
 HEAD_DIM = 8
 ROTARY = RotarySource(100.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM), 1.0)
@@ -23,24 +24,19 @@ def config(chunk_size, local_size, **overrides):
     return LongContextConfig(chunk_size, local_size, 10**9, **overrides)
 
 
-def run(q, k, v, settings_, cuts, mask=None, position_ids=None, prompt_length=0):
-    """Feed the tokens between `cuts` one after another, as a model with a cache would."""
+def layout_of(call, start, stop, settings_, dtype=torch.float64, rotary=ROTARY, device="cpu"):
+    how = {"settings": settings_, "rotary": rotary, "dtype": dtype, "device": torch.device(device)}
+    return make_layout(call, start, stop, **how)
+
+
+def run(q, k, v, settings_, cuts, mask=None, position_ids=None, announced=0):
+    """One call in chunks that end at `cuts`, as a chunked prefill makes it."""
+    call = read_call(mask, position_ids, batch=q.shape[0], tokens=q.shape[1], cached=0, announced=announced)
     kept, outs = [], []
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        plan = make_plan(
-            None if position_ids is None else position_ids[:, start:stop],
-            None if mask is None else mask[:, :stop],
-            batch=q.shape[0],
-            tokens=stop - start,
-            cached=start,
-            settings=settings_,
-            rotary=ROTARY,
-            dtype=q.dtype,
-            device=q.device,
-            prompt_length=prompt_length,
-        )
-        kept.append(rotate(k[:, start:stop], plan.tables.keys))
-        outs.append(attend(q[:, start:stop], torch.cat(kept, 1), v[:, :stop], plan, 0.4))
+        layout = layout_of(call, start, stop, settings_, q.dtype)
+        kept.append(rotate(k[:, start:stop], layout.tables.keys))
+        outs.append(attend(q[:, start:stop], Tensors(torch.cat(kept, 1), v[:, :stop]), layout, 0.4))
     return torch.cat(outs, 1)
 
 
@@ -108,7 +104,7 @@ def test_temperature_is_the_prompts_then_each_tokens_own():
         alone = dual_chunk_attention(q[0], k[0], v[0], ROTARY.inv_freq, 12, 4, 0.4 * heat)
         return alone[i]
 
-    found = run(q, k, v, long, [0, 17, 30, 31, 36, 40], prompt_length=30)[0]
+    found = run(q, k, v, long, [0, 17, 30, 31, 36, 40], announced=30)[0]
     for i, length in ((0, 30), (16, 30), (29, 30), (30, 31), (33, 34), (39, 40)):
         torch.testing.assert_close(found[i], row(i, length))
 
@@ -119,8 +115,8 @@ def test_temperature_counts_real_tokens_only():
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :25] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    found = run(q, k, v, settings_, [0, 40], mask, positions, prompt_length=40)
-    alone = run(q[:1, 25:], k[:1, 25:], v[:1, 25:], settings_, [0, 15], prompt_length=15)
+    found = run(q, k, v, settings_, [0, 40], mask, positions)
+    alone = run(q[:1, 25:], k[:1, 25:], v[:1, 25:], settings_, [0, 15])
     torch.testing.assert_close(found[:1, 25:], alone)
 
 
@@ -134,41 +130,22 @@ def test_no_temperature_within_the_trained_length():
 
 def test_unused_room_of_a_static_cache_is_ignored():
     q, k, v = tensors(1, 9, 1, 2)
-    plan = make_plan(
-        None,
-        None,
-        batch=1,
-        tokens=9,
-        cached=0,
-        settings=config(12, 4),
-        rotary=ROTARY,
-        dtype=q.dtype,
-        device=q.device,
-    )
-    rotated = rotate(k, plan.tables.keys)
+    layout = layout_of(Call.whole(1, 9), 0, 9, config(12, 4))
+    rotated = rotate(k, layout.tables.keys)
     room = torch.full((1, 5, 1, HEAD_DIM), torch.nan, dtype=torch.float64)
-    found = attend(q, torch.cat((rotated, room), 1), torch.cat((v, room), 1), plan, 0.4)
-    torch.testing.assert_close(found, attend(q, rotated, v, plan, 0.4))
+    found = attend(q, Tensors(torch.cat((rotated, room), 1), torch.cat((v, room), 1)), layout, 0.4)
+    torch.testing.assert_close(found, attend(q, Tensors(rotated, v), layout, 0.4))
 
 
 def test_weights_sum_the_values_to_the_output():
     q, k, v = tensors(2, 8, 1, 2)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
-    plan = make_plan(
-        (mask.cumsum(-1) - 1).clamp(min=0),
-        mask,
-        batch=2,
-        tokens=8,
-        cached=0,
-        settings=config(12, 4),
-        rotary=ROTARY,
-        dtype=q.dtype,
-        device=q.device,
-    )
-    k = rotate(k, plan.tables.keys)
-    found = torch.einsum("bhts,bshd->bthd", weights(q, k, plan, 0.4), v.repeat_interleave(2, 2))
-    torch.testing.assert_close(found, attend(q, k, v, plan, 0.4))
+    call = read_call(mask, (mask.cumsum(-1) - 1).clamp(min=0), batch=2, tokens=8, cached=0)
+    layout = layout_of(call, 0, 8, config(12, 4))
+    kv = Tensors(rotate(k, layout.tables.keys), v)
+    found = torch.einsum("bhts,bshd->bthd", weights(q, kv, layout, 0.4), v.repeat_interleave(2, 2))
+    torch.testing.assert_close(found, attend(q, kv, layout, 0.4))
 
 
 @pytest.mark.gpu
@@ -179,19 +156,9 @@ def test_on_a_gpu_error_is_at_most_twice_that_of_plain_attention():
     rotary = RotarySource(10_000.0 ** -(torch.arange(0, 128, 2, device="cuda") / 128), 1.0)
 
     def attended(dtype, kernel):
-        plan = make_plan(
-            None,
-            None,
-            batch=1,
-            tokens=3000,
-            cached=0,
-            settings=config(1280, 256, kernel=kernel),
-            rotary=rotary,
-            dtype=dtype,
-            device=q.device,
-        )
-        keys = rotate(k.to(dtype), plan.tables.keys)
-        return attend(q.to(dtype), keys, v.to(dtype), plan, 128**-0.5).double()
+        layout = layout_of(Call.whole(1, 3000), 0, 3000, config(1280, 256, kernel=kernel), dtype, rotary, q.device)
+        keys = rotate(k.to(dtype), layout.tables.keys)
+        return attend(q.to(dtype), Tensors(keys, v.to(dtype)), layout, 128**-0.5).double()
 
     true = attended(torch.float64, "reference")
     plain = attended(torch.bfloat16, "reference")

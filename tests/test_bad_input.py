@@ -22,7 +22,7 @@ SETTINGS = [
     ({"local_size": 64}, ValueError, r"local_size \(64\) must be smaller than chunk_size \(64\)"),
     ({"local_size": 40}, ValueError, r"local_size \(40\) must be at most half of chunk_size \(64\)"),
     ({"original_max_position_embeddings": 0}, ValueError, "original_max_position_embeddings must be at least 1"),
-    ({"attention_temperature": 1}, TypeError, "attention_temperature must be True or False, got 1"),
+    ({"attention_temperature": 1}, TypeError, "attention_temperature must be True, False or 'position', got 1"),
     ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size must be at least 1 token, got 0"),
     ({"prefill_chunk_size": None}, TypeError, "prefill_chunk_size must be a whole number of tokens, got None"),
     ({"mlp_chunk_size": 1.5}, TypeError, "mlp_chunk_size must be a whole number of tokens, got 1.5"),
@@ -180,7 +180,7 @@ def test_the_error_of_a_context_manager_leaves_the_earlier_patch():
 
 
 PROMPTS = [
-    ({"depth": 1.5}, "depth must be between 0 and 1, got 1.5"),
+    ({"depth": 1.5}, r"a depth must be between 0 \(the start\) and 1 \(the end of the prompt\), got 1.5"),
     ({"key": "123"}, "key must be five digits, got '123'"),
     ({"key": "12a45"}, "key must be five digits, got '12a45'"),
     ({"length": 20}, "length must be at least .* tokens for this tokenizer, got 20"),
@@ -209,7 +209,7 @@ COMMANDS = [
     (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
     ([*QUALITY, "--variants", "fast"], "sparse must be one of off, auto, block_scores, vertical_slash, got 'fast'"),
     ([*QUALITY, "--variants", "block_scores:density=all"], "a variant reads RULE or RULE:SETTING=NUMBER"),
-    ([*QUALITY, "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
+    ([*QUALITY, "--judged", "64", "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
     ([*CALIBRATE, "--start", "nowhere.json"], "there is no file nowhere.json"),
     (["bench", "speed"], "bench needs a CUDA device"),
 ]

@@ -27,13 +27,13 @@ def filled(capacity=0, pieces=(5, 1, 3)):
 
 
 def addresses(layer):
-    return [b.data_ptr() for b in layer._buffers]
+    return [b.data_ptr() for b in layer.store.buffers]
 
 
 def test_layout_and_views():
     layer, k, v = filled(20)
     assert layer.keys.shape == (2, 3, 9, 4) and layer.get_seq_length() == 9
-    assert [tuple(b.shape) for b in layer._buffers] == [(2, 20, 3, 4)] * 2
+    assert [tuple(b.shape) for b in layer.store.buffers] == [(2, 20, 3, 4)] * 2
     assert layer.keys.data_ptr() == addresses(layer)[0]
     assert torch.equal(layer.keys, k) and torch.equal(layer.values, v)
 
@@ -51,7 +51,7 @@ def test_unknown_length_grows_by_half():
     layer, places = LongContextLayer(), set()
     for _ in range(3000):
         layer.update(*states(1, batch=1))
-        places.add(layer._buffers[0].shape[1])
+        places.add(layer.store.buffers[0].shape[1])
     assert len(places) <= 10 and layer.get_seq_length() == 3000
     layer, k, v = filled(0, (5, 300, 2))
     assert torch.equal(layer.keys, k) and torch.equal(layer.values, v)
@@ -78,7 +78,7 @@ def test_rows_are_reordered_repeated_and_selected():
     assert torch.equal(layer.values, v[[1, 1]])
     new_k, new_v = states(1)
     assert torch.equal(layer.update(new_k, new_v)[0][:, :, -1:], new_k)
-    assert layer._buffers[0].shape[1] == 20
+    assert layer.store.buffers[0].shape[1] == 20
 
 
 def test_values_may_differ_in_width():
@@ -118,12 +118,12 @@ def test_empty_cache():
 @torch.no_grad()
 def test_no_reallocation_in_a_run(monkeypatch):
     """generate makes room once: as many allocations as layers, whatever the chunks and new tokens."""
-    from qwen_longctx.kv import hf_cache as module
+    from qwen_longctx.kv import store
 
     taken = []
-    original = module._empty
-    monkeypatch.setattr(module, "_empty", lambda *args: taken.append(args[1]) or original(*args))
-    monkeypatch.setattr(LongContextLayer, "_grow", lambda *_: pytest.fail("the cache was reallocated"))
+    original = store._room
+    monkeypatch.setattr(store, "_room", lambda *args: taken.append(args[1]) or original(*args))
+    monkeypatch.setattr(store.Store, "_grow", lambda *_: pytest.fail("the cache was reallocated"))
     model = patch_qwen(tiny_model("qwen2"), prefill_chunk_size=23)
     out = model.generate(
         torch.randint(1, 90, (1, 150)), max_new_tokens=9, do_sample=False, return_dict_in_generate=True
@@ -137,4 +137,4 @@ def test_no_reallocation_in_a_run(monkeypatch):
 def test_layers_lie_where_their_keys_are():
     layer = LongContextLayer(8)
     layer.update(torch.ones(1, 2, 3, 4, device="meta"), torch.ones(1, 2, 3, 4, device="meta"))
-    assert {b.device.type for b in layer._buffers} == {"meta"}
+    assert {b.device.type for b in layer.store.buffers} == {"meta"}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwen_longctx import cli, ops, sparsity
+from qwen_longctx import cli
+from qwen_longctx.bench.breakdown import Breakdown
+from qwen_longctx.bench.shapes import random_model
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation.environment import environment, write_results
 
 
 def test_demo(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "DEMO_CELLS", ((1, 2), (4, 2)))
+    monkeypatch.setattr(cli.demo, "CELLS", ((1, 2), (4, 2)))
     assert main(["demo", "--output", str(tmp_path / "demo.json")]) == 0
     table = capsys.readouterr().out
     assert "trained to 256 tokens" in table
@@ -41,8 +44,9 @@ def test_passkey_without_the_patch(capsys):
 
 
 def test_passkey_refuses_a_depth(capsys):
-    assert main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"]) == 2
-    assert "--depths must lie between 0 and 1, got 2.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"])
+    assert "argument --depths: must lie between 0 and 1, got 2" in capsys.readouterr().err
 
 
 def test_plan(capsys):
@@ -80,14 +84,26 @@ def test_bench(what, tmp_path, capsys):
 
 
 def test_bench_projects_dense(tmp_path):
-    """And leaves everything that it wrapped as it was."""
-    before = dict(sparsity.RULES), dict(ops._LIST_KERNELS), sparsity.compact, sparsity.SpanView.full_lse
     output = tmp_path / "bench.json"
     command = ["bench", "speed", "--tiny", "--lengths", "400", "--density", "0.5", "--dense-layers", "1"]
     assert main([*command, "--whole-up-to", "300", "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["dense_is"] == "projected from 1 and 2 layers at full length" and row["density_asked"] == 0.5
-    assert before == (sparsity.RULES, ops._LIST_KERNELS, sparsity.compact, sparsity.SpanView.full_lse)
+
+
+def test_the_breakdown_leaves_the_model_as_it_was():
+    model = random_model(torch.device("cpu"), tiny=True, layers=1)
+    ids = torch.ones(1, 5, dtype=torch.long)
+    with Breakdown(model, torch.device("cpu")) as clock:
+        with clock.stage("merge"):
+            time.sleep(0.01)
+        model(ids)
+    calls = len(clock.marks["linear"])
+    model(ids)
+    assert calls == len(clock.marks["linear"]) == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    parts = clock.seconds(1.0)
+    assert parts["merge"] >= 0.01 and parts["rest"] == pytest.approx(1 - parts["linear"] - parts["merge"], abs=1e-3)
 
 
 def test_plot_command(tmp_path, capsys):
@@ -102,7 +118,7 @@ def test_plot_command(tmp_path, capsys):
 
 
 def test_plot_without_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr("qwen_longctx.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("qwen_longctx.cli.plot.find_spec", lambda name: None)
     assert main(["plot", "any.json", "--output", "any.png"]) == 2
     assert "plot needs matplotlib, which is not installed: pip install matplotlib" in capsys.readouterr().err
 

@@ -273,11 +273,6 @@ def test_training_within_the_chunk_size_is_stock(tokens, checkpointing):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_training_beyond_is_refused(model):
-    with pytest.raises(NotImplementedError, match=r"training on 65 tokens goes beyond chunk_size \(64\)"):
-        model(prompt(65))
-
-
 def test_a_frozen_model_needs_no_no_grad(model):
     model.requires_grad_(False)
     assert model(prompt(170)).logits.shape == (1, 170, 97)

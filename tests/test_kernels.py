@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from helpers import DEVICES
 from qwen_longctx import ops
+from qwen_longctx.ops.engines import roomless
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import reference, weights
-from qwen_longctx.ops.engines import roomless
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [

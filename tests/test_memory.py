@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen_longctx import LongContextConfig
-from qwen_longctx.bench.bench import model_config
+from qwen_longctx.bench.shapes import model_config
 from qwen_longctx.prefill import memory
 
 BF16 = torch.bfloat16

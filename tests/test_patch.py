@@ -215,19 +215,17 @@ def test_hooks_of_accelerate(first, scope):
 def test_dispatch_over_devices():
     """Layers on another device: tables follow, once a forward (the meta device stands for the second card)."""
     from qwen_longctx import LongContextConfig
-    from qwen_longctx.geometry.layout import RotarySource, make_plan
+    from qwen_longctx.geometry.layout import Call, RotarySource, make_layout
 
-    plan = make_plan(
-        None,
-        None,
-        batch=1,
-        tokens=200,
-        cached=0,
+    layout = make_layout(
+        Call.whole(1, 200),
+        0,
+        200,
         settings=LongContextConfig(64, 16, 64),
         rotary=RotarySource(torch.ones(4), 1.0),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    moved = plan.to("meta")
+    moved = layout.to("meta")
     assert moved.tables.queries["successive"].cos.device.type == "meta"
-    assert plan.to("meta") is moved and plan.to("cpu") is plan
+    assert layout.to("meta") is moved and layout.to("cpu") is layout

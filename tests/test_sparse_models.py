@@ -15,8 +15,9 @@ from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, p
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.evaluation.calibrate import calibrate
-from qwen_longctx.kv.hf_cache import mean_keys
-from qwen_longctx.sparsity import budgets
+from qwen_longctx.kv.sequence import sequence_of
+from qwen_longctx.kv.store import mean_keys
+from qwen_longctx.sparsity import budgets, request
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
 ON = {"sparse": "block_scores", "sparse_attention_threshold": 200, "prefill_chunk_size": 150, "block_size": 32}
@@ -72,7 +73,7 @@ def test_any_cache_gives_the_same(rule):
     found = logits(model, ids, ours)
     assert torch.equal(logits(model, ids, theirs), found)
     assert torch.equal(logits(model, ids), found)
-    assert ours.report()["density"] == theirs.sparse_state.density() < 1
+    assert ours.report()["density"] == sequence_of(theirs).sparse.density() < 1
     layers = ours.report()["layers"]
     assert [x["layer"] for x in layers] == [0, 1]
     assert all(0 < x["lowest_recall"] <= x["recall"] <= 1 + 1e-9 for x in layers)
@@ -115,7 +116,7 @@ def test_means_of_keys_follow_every_change():
 
     def check():
         layer = cache.layers[0]
-        torch.testing.assert_close(layer.key_means(8), mean_keys(layer.keys.transpose(1, 2), 8))
+        torch.testing.assert_close(layer.store.key_means(8), mean_keys(layer.keys.transpose(1, 2), 8))
 
     cache.update(k, k, 0)
     check()
@@ -128,7 +129,7 @@ def test_means_of_keys_follow_every_change():
     check()
     cache.batch_repeat_interleave(2)
     check()
-    torch.testing.assert_close(cache.layers[0].key_means(16), mean_keys(cache.layers[0].keys.transpose(1, 2), 16))
+    torch.testing.assert_close(cache.layers[0].store.key_means(16), mean_keys(cache.layers[0].keys.transpose(1, 2), 16))
     cache.layers[0].reset()
     cache.update(*[torch.cat((k, k - 1))] * 2, 0)
     check()
@@ -201,7 +202,7 @@ def test_sparse_prefill_under_torch_compile():
 
 
 def test_a_warning_says_once_that_attention_is_approximate(caplog):
-    logging.Logger.warning_once.cache_clear()
+    request._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING), patched_qwen(model := long_model(), **ON):
         for tokens in (150, 480, 490):
             logits(model, prompt(tokens))
@@ -235,8 +236,12 @@ def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sparse"),
     [
-        ({"kernel": "reference"}, True),
+        ({"kernel": "reference"}, False),  # which is not fast
         ({}, False),  # nothing fast here
+        ({"kernel": "flex"}, False),  # which cannot run here
+        ({"kernel": "fa4"}, False),
+        ({"kernel": "flex", "sparse": "off"}, False),
+        ({"kernel": "reference", "sparse": "block_scores"}, True),
         ({"kernel": "sdpa"}, False),
         ({"kernel": "reference", "block_size": 24}, False),  # does not fit the stride
         ({"kernel": "reference", "sparse": "off"}, False),

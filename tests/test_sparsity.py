@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from qwen_longctx import ops, sparsity
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.keep import keep
 from qwen_longctx.ops.compact import compact
+from qwen_longctx.ops.keep import keep
+from qwen_longctx.sparsity.record import SparseState
 from qwen_longctx.sparsity.rules import block_scores, vertical_slash
-from qwen_longctx.sparsity.rules.rule import Rule, steer
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.sparsity.rules.rule import Rule
+from qwen_longctx.sparsity.steering import steer
 from qwen_longctx.sparsity.view import Selection
 from sparse_helpers import STRIDE, all_logits, draw, kept_pairs, masked, prefill, settings
 
@@ -327,6 +328,20 @@ def test_a_vertical_budget_of_30_reads_as_130():
     q, k, v = draw(500)
     _, _, spy = prefill(q, k, v, settings(sparse="vertical_slash", sparse_attention_config=source), [500])
     assert all(int((s.columns[0, h] >= 0).sum()) == min(130, view.span.stop) for view, s in spy.seen for h in range(4))
+
+
+def test_forced_columns_and_diagonals_are_kept_whatever_the_budget():
+    """Also where steering takes a budget below them: else the choice among them hangs on the other heads."""
+    source = [{str(head): ["vertical_and_slash", 5, 7, 0.0] for head in range(4)}] * 2
+    q, k, v = draw(500)
+    config = settings(sparse="vertical_slash", sparse_attention_config=source, recall_target=0.01)
+    _, state, spy = prefill(q, k, v, config, [192, 384, 500])
+    assert bool((state.budgets["vertical_slash", 0] < 1).all())
+    for view, selection in spy.seen:
+        assert selection.columns.sort().values.tolist() == [[list(range(30))] * 4]
+        for head in range(4):
+            distances = set(range(min(100, view.span.stop)))
+            assert_blocks_hold_exactly_the_diagonals(view, selection.mask[0, head], distances)
 
 
 def test_a_third_rule_is_one_function(monkeypatch):

@@ -13,12 +13,12 @@ import torch
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.rotary import Rotation, rotate, rotation
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.columns import columns
-from qwen_longctx.ops.keep import keep
-from qwen_longctx.ops.compact import compact
-from qwen_longctx.ops.row_lse import row_lse
-from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.block_shares import block_shares
+from qwen_longctx.ops.columns import columns
+from qwen_longctx.ops.compact import compact
+from qwen_longctx.ops.keep import keep
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.ops.row_lse import row_lse
 
 gpu = pytest.importorskip("qwen_longctx.ops.gpu", reason="needs Triton")
 DEVICES = [

@@ -2,165 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from qwen_longctx import ops, sparsity
-from qwen_longctx.geometry.layout import Plan, RowGroup
+from qwen_longctx import ops
+from qwen_longctx.attention import sparse
+from qwen_longctx.geometry.layout import Layout, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.kv.hf_cache import mean_keys
+from qwen_longctx.kv.store import ALL_ROWS, KeyValues
+from qwen_longctx.ops.gradients import Part, merged_attention
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import weights as attention_weights
-from qwen_longctx.sparsity.view import Piece, SpanView
-
-KeyMeans = Callable[[int], torch.Tensor]
 
 
 def attend(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: Plan,
+    kv: KeyValues,
+    layout: Layout,
     scale: float,
     layer: int = 0,
-    key_means: KeyMeans | None = None,
 ) -> torch.Tensor:
     """Attend from the tokens of this forward to all keys so far (Qwen2.5-1M report, section 5.1).
+
+    Gradients are exact in training mode, over any number of segments.
 
     Parameters
     ----------
     q : torch.Tensor
         Shape (batch, tokens, heads, head_dim), not rotated.
-    k, v : torch.Tensor
-        Shape (batch, keys, kv_heads, head_dim), keys rotated by ``plan.tables.keys``. Keys beyond ``plan.length``
-        (the free room of a static cache) are ignored.
-    plan : Plan
+    kv : KeyValues
+        Keys, rotated by ``layout.tables.keys``, and values. Those beyond ``layout.length`` (the free room of a static
+        cache) are ignored.
+    layout : Layout
     scale : float
         Softmax scale without the attention temperature.
     layer : int
         Number of the layer, for the budgets of sparse prefill.
-    key_means : callable, optional
-        ``key_means(size)``: means of every `size` keys of `k`, if the cache keeps them.
 
     Returns
     -------
     torch.Tensor
         Shape and dtype of `q`; zero at padding.
     """
-    call = _Call(plan, scale, layer, key_means if plan.covers_all else None)
-    if plan.covers_all:
-        return _attend_rows(q, k, v, call, plan.groups[0])
+    if layout.covers_all:
+        return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)
-    for group in plan.groups:
-        mine = q[group.rows, group.queries]
-        out[group.rows, group.queries] = _attend_rows(mine, k[group.rows], v[group.rows], call, group)
+    for group in layout.groups:
+        part = _attend_rows(q[group.rows, group.queries], kv, layout, group, scale, layer)
+        out[group.rows, group.queries] = part
     return out
 
 
-class _Call(NamedTuple):
-    """What all spans of one call of `attend` share."""
-
-    plan: Plan
-    scale: float
-    layer: int
-    key_means: KeyMeans | None
-
-
-def _attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, group: RowGroup) -> torch.Tensor:
-    if isinstance(group.temperature, torch.Tensor):
-        q = (q * group.temperature).to(q.dtype)
-    else:
-        call = call._replace(scale=call.scale * group.temperature)
-    if len(group.spans) == 1:
-        return _attend_span(q, k, v, call, group, group.spans[0], 0)
+def _attend_rows(
+    q: torch.Tensor, kv: KeyValues, layout: Layout, group: RowGroup, scale: float, layer: int
+) -> torch.Tensor:
     first = group.spans[0].start
     outs = []
     for span in group.spans:
-        mine = q[:, span.start - first : span.stop - first]
-        outs.append(_attend_span(mine, k, v, call, group, span, span.start - first))
-    return torch.cat(outs, dim=1)
+        queries = q if len(group.spans) == 1 else q[:, span.start - first : span.stop - first]
+        place = SpanPlace(layout, group, span, span.start - first, scale * group.temperature, layer)
+        outs.append(_attend_span(queries, kv, place))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
-def _attend_span(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, group: RowGroup, span: Span, done: int
-) -> torch.Tensor:
-    plan = call.plan
-    start = group.queries.start + done
-    tokens = slice(start, start + q.shape[1])
+class SpanPlace(NamedTuple):
+    """Where a span of queries stands: `done` queries of its group come before it; `scale` holds the temperature."""
 
-    def turned(kind: Kind) -> torch.Tensor:
-        return rotate(q, plan.tables.queries[kind].rows(group.rows, tokens))
+    layout: Layout
+    group: RowGroup
+    span: Span
+    done: int
+    scale: float
+    layer: int
 
-    request = plan.sparse
-    if request is not None and not request.takes(span, group.dense_from):
-        request.observe_dense(call.layer, span, q.shape[0] * q.shape[2])
+    def rotated(self, q: torch.Tensor, kind: Kind) -> torch.Tensor:
+        """Queries `q` of the whole span, rotated towards one kind of segment."""
+        start = self.group.queries.start + self.done
+        table = self.layout.tables.queries[kind].rows(self.group.rows, slice(start, start + q.shape[1]))
+        return rotate(q, table).to(q.dtype)
+
+    def segment(self, kv: KeyValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the group's rows at positions `start` to `stop`."""
+        offset = self.group.offset
+        return kv.segment(start + offset, stop + offset, ALL_ROWS if self.layout.covers_all else self.group.rows)
+
+
+def _attend_span(q: torch.Tensor, kv: KeyValues, place: SpanPlace) -> torch.Tensor:
+    layout, span = place.layout, place.span
+    request = layout.sparse
+    if request is not None and not request.takes(span, place.group.dense_from):
+        request.observe_dense(place.layer, span, q.shape[0] * q.shape[2])
     elif request is not None:
-        pieces = tuple(Piece(segment, turned(segment.kind)) for segment in span.segments)
-        tiles = request.tiles(span, q.device)
-        return sparsity.attend(*_view(q, k, v, call, group, tiles, span, pieces), request)
-    kernel = ops.get(plan.kernel)
-    parts = []
-    for kind, key_start, key_stop in span.segments:
-        mine = [_tokens(x, key_start + group.offset, key_stop + group.offset) for x in (k, v)]
-        parts.append(kernel(turned(kind), *mine, causal=kind == "intra", scale=call.scale))
-    return merge(parts)[0]
+        return sparse.attend_span(q, kv, place, request)
+    parts = [
+        Part(place.rotated(q, kind), *place.segment(kv, start, stop), kind == "intra")
+        for kind, start, stop in span.segments
+    ]
+    if layout.mode == "train":
+        return merged_attention(parts, scale=place.scale)
+    kernel = ops.get(layout.kernel)
+    return merge([kernel(x, k, v, causal=causal, scale=place.scale) for x, k, v, causal in parts])[0]
 
 
-def _view(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    call: _Call,
-    group: RowGroup,
-    tiles: Tiles,
-    span: Span,
-    pieces: tuple[Piece, ...],
-) -> tuple[SpanView, torch.Tensor]:
-    """The span as selection rules see it, and the values of its keys."""
-    keys, values = (_tokens(x, group.offset, span.stop + group.offset) for x in (k, v))
-    tables = call.plan.tables
-
-    def key_means(size: int) -> torch.Tensor:
-        if call.key_means is None or group.offset:
-            return mean_keys(keys, size)
-        return call.key_means(size)[:, : span.stop // size]
-
-    def selection_q(kind: Kind, rows: int) -> torch.Tensor:
-        positions = torch.arange(span.stop - rows, span.stop, device=q.device)
-        return rotate(q[:, -rows:], tables.selection(kind, positions[None]))
-
-    return SpanView(call.layer, span, tiles, pieces, keys, call.scale, key_means, selection_q), values
-
-
-def _tokens(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """``x[:, start:stop]``, without the cost of a view where that is all: decode counts microseconds."""
-    return x if start == 0 and stop == x.shape[1] else x[:, start:stop]
-
-
-def weights(q: torch.Tensor, k: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+def weights(q: torch.Tensor, kv: KeyValues, layout: Layout, scale: float) -> torch.Tensor:
     """Attention weights of a forward whose rows lie within one chunk.
 
-    Shapes as in `attend`; returns (batch, heads, tokens, ``plan.length``), zero at padding.
+    Shapes as in `attend`; returns (batch, heads, tokens, ``layout.length``), zero at padding.
 
     Raises
     ------
     NotImplementedError
         A row crosses into a second chunk.
     """
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], plan.length)
-    for group in plan.groups:
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], layout.length)
+    for group in layout.groups:
         (segment, *others), *more = [span.segments for span in group.spans]
         if others or more:
             raise NotImplementedError(
                 f"output_attentions reaches {group.spans[-1].stop} tokens, beyond the first chunk: "
                 "leave output_attentions out for prompts of more than chunk_size - local_size tokens"
             )
-        turned = rotate(q[group.rows, group.queries], plan.tables.queries["intra"].rows(group.rows, group.queries))
-        keys = slice(segment.key_start + group.offset, segment.key_stop + group.offset)
-        found = attention_weights(turned, k[group.rows, keys], causal=True, scale=scale)
-        out[group.rows, :, group.queries, keys] = found
+        place = SpanPlace(layout, group, group.spans[0], 0, scale * group.temperature, 0)
+        keys, _ = place.segment(kv, segment.key_start, segment.key_stop)
+        queries = place.rotated(q[group.rows, group.queries], "intra")
+        columns = slice(segment.key_start + group.offset, segment.key_stop + group.offset)
+        out[group.rows, :, group.queries, columns] = attention_weights(queries, keys, causal=True, scale=place.scale)
     return out

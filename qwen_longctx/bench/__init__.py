@@ -1,0 +1,1 @@
+"""Benchmarks: each file measures one thing, and its `measure` yields plain rows for a results file."""

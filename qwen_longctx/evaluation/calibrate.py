@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import LongContextCache, patched_qwen
 from qwen_longctx.sparsity.budgets import HeadBudgets, dump, load
-from qwen_longctx.sparsity.state import SpanRecord
+from qwen_longctx.sparsity.record import SpanRecord
 
 THRESHOLD, STEP, ROUNDS = 0.9, 2048, 10
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from qwen_longctx.errors import InvalidValue
+
 PACKAGE = "transformers"
 
 
@@ -30,20 +32,28 @@ def source_code(tokenizer: Any, length: int, package: str = PACKAGE) -> torch.Te
 
     Raises
     ------
-    ValueError
+    InvalidValue
         The package is not installed, or its source is shorter.
     """
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"package {package!r} is not installed: name one that is")
-    folder = Path(spec.submodule_search_locations[0])
+    folder = _folder(package)
     tokens: list[int] = []
-    for path in sorted(folder.rglob("*.py")):
-        text = f"# {path.relative_to(folder.parent).as_posix()}\n{path.read_text(encoding='utf-8')}\n"
+    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        text = f"# {path.relative_to(folder.parent).as_posix()}\n{source}\n"
         tokens += tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) >= length:
             return torch.tensor([tokens[:length]])
-    raise ValueError(f"the source of {package!r} has {len(tokens)} tokens, {length} are wanted: name a larger package")
+    raise InvalidValue(
+        f"the source of {package!r} has {len(tokens)} tokens, {length} are wanted: name a larger package"
+    )
+
+
+def _folder(package: str) -> Path:
+    """Where an installed package lies; nothing of it is imported."""
+    spec = find_spec(package) if package.isidentifier() and package != "__main__" else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InvalidValue(f"package {package!r} is not installed: name one that is, without dots")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def fingerprint(ids: torch.Tensor) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from qwen_longctx.evaluation.files import replacing
+
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4", "liger-kernel", "tokenizers")
 
 
@@ -44,24 +46,29 @@ def _own_version() -> str:
 
 
 def _gpu(index: int) -> dict[str, Any]:
-    found = torch.cuda.get_device_properties(index)
+    gpu = torch.cuda.get_device_properties(index)
     return {
-        "name": found.name,
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
+        "name": gpu.name,
+        "memory_bytes": gpu.total_memory,
+        "multiprocessors": gpu.multi_processor_count,
     }
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> Path:
-    """Write `results` as JSON with the command line and the environment.
+    """Write `results` as JSON with the command line and the environment, in the place of an earlier file at once.
 
     Returns
     -------
     pathlib.Path
         Of the file; folders are made where they are missing.
+
+    Raises
+    ------
+    InvalidValue
+        The file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    path.write_text(json.dumps({"command": command, "environment": environment(), **results}, indent=1) + "\n")
-    return path
+    content = json.dumps({"command": command, "environment": environment(), **results}, indent=1) + "\n"
+    with replacing(path) as fresh:
+        fresh.write_text(content, encoding="utf-8")
+    return Path(path)

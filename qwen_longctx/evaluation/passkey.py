@@ -1,4 +1,4 @@
-"""Passkey retrieval: a five-digit key hidden in a prompt of any exact length, found by plain ``generate``.
+"""Passkey retrieval: a five-digit key hidden in a prompt of any exact length, asked for by plain ``generate``.
 
 The wording is that of Qwen's published example (Qwen2.5-1M release, after Mohtashami and Jaggi, arXiv 2305.16300).
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from qwen_longctx.errors import InvalidValue
 from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.patches.method import cache_of
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -64,20 +65,21 @@ def prompt(tokenizer: Any, length: int, depth: float, key: str) -> torch.Tensor:
 
     Raises
     ------
-    ValueError
+    InvalidValue
         `depth` is outside 0 to 1, `key` is not five digits, or `length` leaves no room for the key and the question.
     """
-    if not 0 <= depth <= 1:
-        raise ValueError(f"depth must be between 0 and 1, got {depth}")
+    check_depths([depth])
     if not re.fullmatch(r"\d{5}", key):
-        raise ValueError(f"key must be five digits, got {key!r}")
+        raise InvalidValue(f"key must be five digits, got {key!r}: write it with its leading zeros")
     intro, needle, question = (
         _encode(tokenizer, text) for text in (INTRO, NEEDLE.format(name=NAME, key=key), QUESTION.format(name=NAME))
     )
     room = length - len(intro) - len(needle) - len(question)
     if room < 0:
-        raise ValueError(f"length must be at least {length - room} tokens for this tokenizer, got {length}")
+        raise InvalidValue(f"length must be at least {length - room} tokens for this tokenizer, got {length}")
     sentences = [_encode(tokenizer, sentence) for sentence in NOISE]
+    if not any(sentences):
+        raise InvalidValue("the tokenizer makes no tokens of English text: use the one of the checkpoint")
     before = _noise(sentences, round(depth * room))
     after = _noise(sentences, room - len(before))
     return torch.tensor([intro + before + needle + after + question])
@@ -99,6 +101,102 @@ def random_key(source: random.Random) -> str:
     return str(source.randrange(10_000, 100_000))
 
 
+def check_depths(depths: Sequence[float]) -> None:
+    """Refuse depths outside 0 to 1.
+
+    Raises
+    ------
+    InvalidValue
+    """
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise InvalidValue(f"a depth must be between 0 (the start) and 1 (the end of the prompt), got {depth}")
+
+
+def check_tokens(ids: torch.Tensor, vocabulary: int) -> None:
+    """Refuse token ids that a model with such a vocabulary does not know.
+
+    Parameters
+    ----------
+    ids : torch.Tensor
+        Shape (1, tokens), integers.
+    vocabulary : int
+        Token ids that the model knows, its `vocab_size`.
+
+    Raises
+    ------
+    InvalidValue
+    """
+    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise InvalidValue(
+            f"a text must be token ids of shape (1, tokens), got {ids.dtype} of shape {tuple(ids.shape)}: "
+            "give whole numbers, one row at a time"
+        )
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= vocabulary:
+        raise InvalidValue(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}: use the tokenizer "
+            "that belongs to the checkpoint"
+        )
+
+
+def check(tokenizer: Any, lengths: Sequence[int], depths: Sequence[float], repeats: int, vocabulary: int) -> None:
+    """Refuse a request of `evaluate` that cannot be fulfilled.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    lengths, depths, repeats
+        As `evaluate` takes them.
+    vocabulary : int
+        Token ids that the model knows, its `vocab_size`.
+
+    Raises
+    ------
+    InvalidValue
+        There are no prompts, one is too short for the key and the question, a depth is outside 0 to 1, or the
+        tokenizer does not belong to the model.
+    """
+    if not len(lengths) or not len(depths) or repeats < 1:
+        raise InvalidValue(
+            f"there is nothing to ask: got {len(lengths)} lengths, {len(depths)} depths and {repeats} repeats. "
+            "Give at least one of each"
+        )
+    check_depths(depths)
+    check_tokens(prompt(tokenizer, min(lengths), depths[0], "12345"), vocabulary)
+
+
+def records(
+    model: Any,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    repeats: int = 1,
+    seed: int = 0,
+) -> Iterator[Record]:
+    """Ask for a key at every length and depth, `repeats` times, by greedy ``model.generate``.
+
+    Yields
+    ------
+    Record
+        Lengths ascending; the keys depend on `seed` only.
+
+    Raises
+    ------
+    InvalidValue
+        See `check`; before the first prompt.
+    """
+    check(tokenizer, lengths, depths, repeats, model.config.vocab_size)
+    source = random.Random(seed)
+    tokens = sum(lengths) * len(depths) * repeats
+    with transformers_logging.tqdm(total=tokens, desc="Passkey", unit="tok") as bar:
+        for length in sorted(lengths):
+            for depth in depths:
+                for _ in range(repeats):
+                    yield ask(model, tokenizer, length, depth, random_key(source))
+                    bar.update(length)
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -107,21 +205,8 @@ def evaluate(
     repeats: int = 1,
     seed: int = 0,
 ) -> list[Record]:
-    """Ask for a key at every length and depth, `repeats` times, by greedy ``model.generate``.
-
-    Returns
-    -------
-    list of Record
-        Lengths ascending; the keys depend on `seed` only.
-    """
-    source = random.Random(seed)
-    cells = list(product(sorted(lengths), depths, range(repeats)))
-    records = []
-    with transformers_logging.tqdm(total=sum(length for length, _, _ in cells), desc="Passkey", unit="tok") as bar:
-        for length, depth, _ in cells:
-            records.append(ask(model, tokenizer, length, depth, random_key(source)))
-            bar.update(length)
-    return records
+    """All of `records`, in a list."""
+    return list(records(model, tokenizer, lengths, depths, repeats, seed))
 
 
 def ask(model: Any, tokenizer: Any, length: int, depth: float, key: str) -> Record:
@@ -141,7 +226,7 @@ def ask(model: Any, tokenizer: Any, length: int, depth: float, key: str) -> Reco
         )
     answer = tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True)  # waits for the device
     seconds = time.perf_counter() - begin
-    cache = getattr(out, "cache", None) or out.past_key_values
+    cache = cache_of(out)
     rate = cache.report()["tokens_per_second"] if isinstance(cache, LongContextCache) else 0.0
     peak = torch.cuda.max_memory_allocated(ids.device) if cuda else 0
     return Record(length, depth, key, answer, is_correct(answer, key), seconds, rate, peak)

@@ -1,10 +1,13 @@
-"""Plots of results; matplotlib comes with the extra ``notebooks``."""
+"""Plots of results; matplotlib comes with the extra ``notebooks``. Figures are the caller's: pyplot knows none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
+
+from qwen_longctx.errors import InvalidValue
 
 
 def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length: int) -> Any:
@@ -21,12 +24,13 @@ def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length
     -------
     matplotlib.figure.Figure
     """
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-    for name, found in shares.items():
-        lengths = sorted(found)
-        axes.plot(lengths, [found[n] for n in lengths], marker="o", label=name)
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for name, by_length in shares.items():
+        lengths = sorted(by_length)
+        axes.plot(lengths, [by_length[n] for n in lengths], marker="o", label=name)
     axes.axvline(trained_length, color="grey", linestyle=":", label="trained length")
     axes.set_xscale("log", base=2)
     axes.set_ylim(-0.05, 1.05)
@@ -36,6 +40,7 @@ def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length
     return figure
 
 
+_REMEDY = "give results files as the command wrote them"
 _DEFAULT = {"marker": "*", "markersize": 14, "zorder": 3}  # a rule as it is, over its variants
 
 
@@ -50,14 +55,19 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidValue
+        A row lacks a figure, or there is no row of dense prefill of its text.
     """
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
+    _check(rows, ("tokens", "nll", "agreement", "density"))
     lengths = sorted({row["tokens"] for row in rows})
-    figure, axes = pyplot.subplots(
-        2, len(lengths), figsize=(4.5 * len(lengths), 6), sharex="col", squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 * len(lengths), 6), layout="constrained")
+    axes = figure.subplots(2, len(lengths), sharex="col", squeeze=False)
     points = _points(rows)
     names = sorted({name for name, _ in points})
     styles = {
@@ -66,9 +76,9 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     }
     for column, tokens in enumerate(lengths):
         for name in names:
-            found = sorted(points.get((name, tokens), []))
-            if found:
-                density, above, agreement = (list(values) for values in zip(*found, strict=True))
+            line = sorted(points.get((name, tokens), []))
+            if line:
+                density, above, agreement = (list(values) for values in zip(*line, strict=True))
                 axes[0, column].plot(density, above, **styles[name])
                 axes[1, column].plot(density, agreement, **styles[name])
         axes[0, column].axhline(0, color="grey", linewidth=0.8)
@@ -91,19 +101,27 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     Parameters
     ----------
     rows : sequence of mapping
-        As `bench.speed` gives them.
+        As `bench.speed.measure` gives them.
 
     Returns
     -------
     matplotlib.figure.Figure
-    """
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    Raises
+    ------
+    InvalidValue
+        A row lacks a figure.
+    """
+    from matplotlib.figure import Figure
+
+    _check(rows, ("tokens", "dense_seconds", "sparse_seconds"))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     rows = sorted(rows, key=lambda row: row["tokens"])
     for name in ("stock", "dense", "sparse"):
         points = [(row["tokens"], row[f"{name}_seconds"]) for row in rows if f"{name}_seconds" in row]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -111,6 +129,20 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_ylabel("seconds to the first token")
     axes.legend()
     return figure
+
+
+def _check(rows: Sequence[Mapping[str, Any]], needed: Sequence[str]) -> None:
+    """Refuse rows that lack one of these numbers, or in which a value that is drawn is of the wrong kind."""
+    for row in rows:
+        numbers = {name: row.get(name) for name in needed}
+        if "stock_seconds" in row:
+            numbers["stock_seconds"] = row["stock_seconds"]
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise InvalidValue(f"{name} of a row must be a number, got {value!r} in {row!r:.120}: {_REMEDY}")
+        for name in ("variant", "package"):
+            if not isinstance(row.get(name, ""), str):
+                raise InvalidValue(f"{name} of a row must be a text, got {row[name]!r}: {_REMEDY}")
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[tuple[float, float, float]]]:
@@ -122,11 +154,15 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[tup
     texts: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     for row in rows:
         if row["variant"] != "dense":
-            values = 100 * row["density"], row["nll"] - dense[_text(row)], 100 * row["agreement"]
-            texts.setdefault((row["variant"], row["tokens"]), []).append(values)
+            if _text(row) not in dense:
+                raise InvalidValue(
+                    f"the row of {row['variant']} at {row['tokens']} tokens has no row of dense beside it: {_REMEDY}"
+                )
+            point = 100 * row["density"], row["nll"] - dense[_text(row)], 100 * row["agreement"]
+            texts.setdefault((row["variant"], row["tokens"]), []).append(point)
     points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
-    for (variant, tokens), found in texts.items():
-        density, above, agreement = (fmean(one) for one in zip(*found, strict=True))
+    for (variant, tokens), values in texts.items():
+        density, above, agreement = (fmean(one) for one in zip(*values, strict=True))
         points.setdefault((variant.split("=")[0], tokens), []).append((density, above, agreement))
     return points
 

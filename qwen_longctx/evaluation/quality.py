@@ -13,11 +13,13 @@ import torch
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches
+from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import passkey
 
 JUDGED = 8192  # tokens at the end of the text
 _ROWS_AT_A_TIME = 256  # of float32 logits over the vocabulary
+_OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", "density", "mass", "score_threshold"}
 
 DEFAULT_VARIANTS = (
     "block_scores",
@@ -48,7 +50,7 @@ def variant(text: str) -> Variant:
 
     Raises
     ------
-    ValueError
+    InvalidValue
         The text is not of this form. The settings themselves are checked by `LongContextConfig`.
     """
     rule, _, rest = text.partition(":")
@@ -60,7 +62,7 @@ def variant(text: str) -> Variant:
         except ValueError:
             sign = ""
         if not sign:
-            raise ValueError(f"a variant reads RULE or RULE:SETTING=NUMBER,…, got {text!r}")
+            raise InvalidValue(f"a variant reads RULE or RULE:SETTING=NUMBER,…, got {text!r}")
     return Variant(text, overrides)
 
 
@@ -75,7 +77,7 @@ class Judged(NamedTuple):
 
 @torch.no_grad()
 def prefill(model: Any, ids: torch.Tensor, judged: int, overrides: dict[str, Any]) -> Judged:
-    """Prefill `ids` of shape (1, tokens) and keep the logits that predict the last `judged` of them."""
+    """Prefill `ids` of shape (1, tokens) under these settings and keep the logits that predict the last `judged`."""
     cache = LongContextCache(ids.shape[1])
     cuda = ids.device.type == "cuda"
     with patched_qwen(model, **overrides):
@@ -87,17 +89,35 @@ def prefill(model: Any, ids: torch.Tensor, judged: int, overrides: dict[str, Any
     return Judged(logits, ids[0, -judged:], seconds, cache.report())
 
 
-def compare(found: Judged, truth: Judged) -> dict[str, float]:
+def compare(judged: Judged, truth: Judged) -> dict[str, float]:
     """Mean NLL of the targets (nats a token), top-1 agreement with `truth` and KL divergence from it."""
     nll = agreement = divergence = 0.0
-    for start in range(0, len(found.targets), _ROWS_AT_A_TIME):
+    for start in range(0, len(judged.targets), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        ours, theirs = (x.logits[rows].float().log_softmax(-1) for x in (found, truth))
-        nll += functional.nll_loss(ours, found.targets[rows], reduction="sum").item()
+        ours, theirs = (x.logits[rows].float().log_softmax(-1) for x in (judged, truth))
+        nll += functional.nll_loss(ours, judged.targets[rows], reduction="sum").item()
         agreement += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         divergence += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
-    tokens = len(found.targets)
+    tokens = len(judged.targets)
     return {"nll": nll / tokens, "agreement": agreement / tokens, "kl": divergence / tokens}
+
+
+def check(config: Any, tokens: int, variants: Sequence[Variant], judged: int, depths: Sequence[float]) -> None:
+    """Refuse a request of `evaluate` that cannot be fulfilled, from the model's config alone.
+
+    Raises
+    ------
+    InvalidValue, InvalidType
+        `judged` does not fit the text, a depth is outside 0 to 1, or a variant has a setting that is not valid.
+    """
+    if not 0 < judged < tokens:
+        raise InvalidValue(
+            f"judged must be between 1 and {tokens - 1} for a text of {tokens} tokens, got {judged}: judge fewer "
+            "tokens, or give a longer text"
+        )
+    passkey.check_depths(depths)
+    for one in variants:
+        LongContextConfig.from_model_config(config, **one.overrides)
 
 
 def evaluate(
@@ -110,6 +130,9 @@ def evaluate(
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """One row for dense prefill, then one a variant.
+
+    A patch in place, of the model or of the classes, stays as it is: its settings hold in every run, but for those
+    that say what sparse prefill keeps.
 
     Parameters
     ----------
@@ -124,35 +147,54 @@ def evaluate(
         Passkeys asked for at the same length, one a depth.
     seed : int
         Of the passkeys.
+
+    Raises
+    ------
+    InvalidValue, InvalidType
+        See `check` and `passkey.check`; before the first run.
     """
+    vocabulary = model.config.vocab_size
+    passkey.check_tokens(ids, vocabulary)
     tokens = ids.shape[1]
-    if not 0 < judged < tokens:
-        raise ValueError(f"judged must be between 1 and {tokens - 1} tokens, got {judged}")
+    base = _settings_in_place(model)
+    variants = [Variant(name, {**base, **overrides}) for name, overrides in variants]
+    check(model.config, tokens, variants, judged, depths)
+    if depths:
+        passkey.check(tokenizer, [tokens], depths, 1, vocabulary)
     ids = ids.to(model.device)
-    runs = [Variant("dense", {"sparse": "off"}), *variants]
     truth: Judged | None = None
+    runs = [Variant("dense", {**base, "sparse": "off"}), *variants]
     with transformers_logging.tqdm(total=len(runs), desc=f"Quality at {tokens:,}", unit="run") as bar:
         for name, overrides in runs:
-            always = {"sparse_attention_threshold": min(tokens - 1, 32768)} if overrides["sparse"] != "off" else {}
-            found = prefill(model, ids, judged, {**always, **overrides})
-            truth = truth or found
-            layers = found.report["layers"]
-            row = {
-                "tokens": tokens,
-                "judged": judged,
-                "variant": name,
-                **{key: round(value, 6) for key, value in compare(found, truth).items()},
-                "density": round(found.report["density"], 5),
-                "recall": round(sum(x["recall"] for x in layers) / len(layers), 5) if layers else 1.0,
-                "lowest_recall": round(min((x["lowest_recall"] for x in layers), default=1.0), 5),
-                "seconds": round(found.seconds, 3),
-            }
-            if found is not truth:
-                del found  # its logits make room for the next
+            if overrides["sparse"] != "off":
+                overrides = {"sparse_attention_threshold": min(tokens - 1, 32768), **overrides}
+            run = prefill(model, ids, judged, overrides)
+            truth = truth or run
+            row = {"tokens": tokens, "judged": judged, "variant": name, **_figures(run, truth)}
+            if run is not truth:
+                del run  # its logits make room for the next
             if depths:
-                with patched_qwen(model, **always, **overrides):
+                with patched_qwen(model, **overrides):
                     records = passkey.evaluate(model, tokenizer, [tokens], depths, seed=seed)
                 row["passkeys"] = f"{sum(r.correct for r in records)}/{len(records)}"
                 row["passkey_answers"] = {str(r.depth): r.answer for r in records}
             yield row
             bar.update()
+
+
+def _settings_in_place(model: Any) -> dict[str, Any]:
+    """Overrides of the patch of a model or of its class, without those that a variant is about."""
+    in_place = patches.current_overrides(model) or patches.current_overrides(None) or {}
+    return {name: value for name, value in in_place.items() if name not in _OF_VARIANTS}
+
+
+def _figures(run: Judged, truth: Judged) -> dict[str, float]:
+    """What a row says of one prefill."""
+    layers = run.report["layers"]
+    return {
+        **{key: round(value, 6) for key, value in compare(run, truth).items()},
+        "density": round(run.report["density"], 5),
+        "recall": round(sum(x["recall"] for x in layers) / len(layers), 5) if layers else 1.0,
+        "lowest_recall": round(min((x["lowest_recall"] for x in layers), default=1.0), 5),
+        "seconds": round(run.seconds, 3),
+    }

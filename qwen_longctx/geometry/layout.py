@@ -1,51 +1,99 @@
 """What one forward has to attend to, worked out once and shared by all layers.
 
-Rows of a batch keep their own positions: with left padding, row b's key number j stands at position j - offset[b].
-Neighbouring rows of equal geometry run together; without padding that is the whole batch.
+A call is what the user makes: a prompt, a turn of a chat, one decoded token. A long call is cut into chunks of prefill,
+each of which is a forward with a layout of its own. Which tokens of a padded row are real comes from the attention mask:
+the row's oldest real token stands at position 0, so that a row's positions, chunk borders and attention temperature are
+those of the row alone. Neighbouring rows of equal geometry run together; without padding that is the whole batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from qwen_longctx.config import LongContextConfig
+from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables
 
-if TYPE_CHECKING:
-    from qwen_longctx.sparsity.state import Request
+Mode = Literal["train", "prefill", "decode"]
 
 
-class Row(NamedTuple):
-    """Geometry of one row: its real queries, where its keys begin, and its positions."""
+class Extent(NamedTuple):
+    """Real tokens of one row, as indices in the cache: the oldest, and the one after the newest."""
 
-    queries: tuple[int, int]  # of the tokens of this forward
-    first_key: int  # index in the cache of the row's oldest real key
-    offset: int  # index in the cache minus position
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the user: where the tokens of every row lie.
+
+    Attributes
+    ----------
+    rows : tuple of Extent
+        Cached tokens included. ``Extent(0, 0)`` is a row of padding alone.
+    cached : int
+        Tokens in the cache before the call.
+    end : int
+        Tokens in the cache after it, padding included.
+    prompt : int
+        The attention temperature of tokens before this index is that of a sequence that ends there; 0 on a cache that
+        held tokens before the call. See `Call.temperature_length`.
+    shifts : frozenset of int
+        What the position ids of each row count more than the row's tokens. Rotary attention knows distances only, so a
+        constant shift changes nothing.
+    """
+
+    rows: tuple[Extent, ...]
+    cached: int
+    end: int
+    prompt: int
+    shifts: frozenset[int] = frozenset({0})
+
+    @classmethod
+    def whole(cls, batch: int, tokens: int, cached: int = 0) -> Call:
+        """A call without padding."""
+        end = cached + tokens
+        return cls((Extent(0, end),) * batch, cached, end, 0 if cached else end)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(row.last - row.first for row in self.rows)
+
+    def temperature_length(self, row: Extent, position: int) -> int:
+        """Length n that the attention temperature of a query goes by, where it goes by the prompt's length.
+
+        A call that fills an empty cache is a prompt, and n is the prompt's length for every query of it. In every later
+        call (decoding, a further turn, drafts that are checked) n is the query's position + 1.
+        """
+        return max(position + 1, min(row.last, self.prompt) - row.first)
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """Neighbouring rows of one geometry.
 
-    `temperature` is ``f²``: one number, or a tensor of shape (queries, 1, 1) where it differs between queries.
-    Queries from position `dense_from` on are the end of the prompt, which is never prefilled sparsely.
+    `offset` is an index in the cache minus the position there. `temperature` is the factor f² on the logits of all
+    queries; where it differs between queries it is in the rotations of the queries, and 1 here. Queries from position
+    `dense_from` on are the end of the call, which is never prefilled sparsely.
     """
 
     rows: slice
     queries: slice
     offset: int
     spans: tuple[Span, ...]
-    temperature: float | torch.Tensor
+    temperature: float
     dense_from: int
 
 
 @dataclass
-class Plan:
-    """Everything that attention needs besides q, k and v.
+class Layout:
+    """Everything that attention needs besides queries, keys and values.
 
     Attributes
     ----------
@@ -56,9 +104,11 @@ class Plan:
     kernel : str
     length : int
         Keys after this forward, as counted in the cache.
+    mode : {"train", "prefill", "decode"}
+        Whether gradients are wanted; else whether several tokens are added to a row, or one.
     weights : bool
         Attention weights are asked for.
-    sparse : Request, optional
+    sparse : sparsity.Request, optional
         Sparse prefill of this forward.
     """
 
@@ -67,27 +117,21 @@ class Plan:
     tables: RotaryTables
     kernel: str
     length: int
+    mode: Mode = "prefill"
     weights: bool = False
-    sparse: Request | None = None
-    _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
+    sparse: Any = None
+    _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Plan:
-        """This plan with its tables on `device`; accelerate calls it before each layer of another device."""
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Layout:
+        """This layout with its tables on `device`; accelerate calls it before each layer of another device."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         if self.tables.keys.cos.device == device:
             return self
         if device not in self._moved:
-            groups = tuple(_group_to(group, device) for group in self.groups)
-            self._moved[device] = replace(self, groups=groups, tables=self.tables.to(device), _moved={})
+            self._moved[device] = replace(self, tables=self.tables.to(device), _moved={})
         return self._moved[device]
-
-
-def _group_to(group: RowGroup, device: torch.device) -> RowGroup:
-    if not isinstance(group.temperature, torch.Tensor):
-        return group
-    return replace(group, temperature=group.temperature.to(device))
 
 
 class RotarySource(NamedTuple):
@@ -97,158 +141,245 @@ class RotarySource(NamedTuple):
     attention_scaling: float
 
 
-def make_plan(
-    position_ids: torch.Tensor | None,
+def read_call(
     attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
     *,
     batch: int,
     tokens: int,
     cached: int,
+    known_shifts: frozenset[int] = frozenset(),
+    announced: int = 0,
+) -> Call:
+    """Read which tokens are real from what the caller gives, and check it. One transfer to the host, or none.
+
+    Parameters
+    ----------
+    attention_mask : torch.Tensor, optional
+        Shape (batch, at least cached + tokens), 0 at padding. Without one every token is real.
+    position_ids : torch.Tensor, optional
+        Shape (1 or batch, tokens), integer. They must grow by one from each real token to the next; where a row starts
+        comes from the mask.
+    batch, tokens, cached : int
+        Rows, tokens of this call, tokens in the cache before it.
+    known_shifts : frozenset of int
+        Shifts of the position ids that filled the cache, beside 0.
+    announced : int
+        Length of the prompt, where the call that fills the cache brings more tokens than the prompt; else 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A mask or positions of the wrong type or shape, padding between tokens, or positions that do not grow by one or
+        do not continue the cache.
+    """
+    end = cached + tokens
+    prompt = 0 if cached else min(announced or end, end)
+    mask = _checked_mask(attention_mask, batch, end)
+    if mask is None and position_ids is None:
+        return replace(Call.whole(batch, tokens, cached), prompt=prompt)
+    if position_ids is not None:
+        _check_positions(position_ids, batch, tokens)
+    shift = _unpadded_shift(mask, position_ids, cached)
+    rows: tuple[Extent, ...] = (Extent(0, end),) * batch
+    shifts = frozenset({shift or 0})
+    if shift is None:
+        mask = torch.ones(batch, end, dtype=torch.bool) if mask is None else mask
+        rows, shifts = _read_mask(mask, position_ids, cached)
+    if cached and not shifts <= known_shifts | {0}:
+        wrong = min(shifts - known_shifts - {0})
+        raise InvalidValue(
+            f"position_ids do not continue the cache: the first new token of a row stands {wrong:+d} tokens from where "
+            "the cached tokens of the row end. Leave position_ids out, or start with a new cache"
+        )
+    return Call(rows, cached, end, prompt, shifts)
+
+
+def _checked_mask(mask: Any, batch: int, end: int) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise InvalidType(f"attention_mask must be a tensor of shape (batch, tokens), got {type(mask).__name__}")
+    if mask.ndim != 2:
+        raise InvalidValue(
+            f"attention_mask must have shape (batch, tokens), got {tuple(mask.shape)}: dual chunk attention is causal "
+            "and takes no custom masks; give the 2D padding mask"
+        )
+    if mask.shape[0] != batch or mask.shape[1] < end:
+        raise InvalidValue(
+            f"attention_mask of shape {tuple(mask.shape)} does not cover {batch} rows of {end} tokens, cached ones "
+            "included: give one value for every token, 1 where it is real"
+        )
+    return mask[:, :end]
+
+
+def _check_positions(position_ids: Any, batch: int, tokens: int) -> None:
+    if not isinstance(position_ids, torch.Tensor):
+        raise InvalidType(f"position_ids must be a tensor of integers, got {type(position_ids).__name__}")
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise InvalidType(f"position_ids must be integers, got {position_ids.dtype}")
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise InvalidValue(
+            f"position_ids must have shape (1 or {batch}, {tokens}), one for each token, got {tuple(position_ids.shape)}"
+        )
+
+
+def _unpadded_shift(mask: torch.Tensor | None, position_ids: torch.Tensor | None, cached: int) -> int | None:
+    """What all position ids count more than the tokens, if nothing is padded and it is one number; else None."""
+    device = position_ids.device if position_ids is not None else mask.device  # type: ignore[union-attr]
+    full = torch.ones((), dtype=torch.long, device=device) if mask is None else mask.all().to(device, torch.long)
+    if position_ids is None:
+        return 0 if full.item() else None
+    low, high = torch.aminmax(position_ids - torch.arange(cached, cached + position_ids.shape[1], device=device))
+    unpadded, least, most = torch.stack((full, low.long(), high.long())).tolist()
+    return least if unpadded and least == most else None
+
+
+def _shifts(position_ids: torch.Tensor | None, first: torch.Tensor, real: torch.Tensor, cached: int) -> frozenset[int]:
+    """Position ids minus positions, which must be one number a row; `first` of shape (batch,), `real` (batch, tokens)."""
+    if position_ids is None:
+        return frozenset({0})
+    index = torch.arange(cached, cached + position_ids.shape[1], device=position_ids.device)
+    apart = position_ids.long() - index + first.to(position_ids.device)[:, None]
+    real = real.to(apart.device)
+    low = apart.masked_fill(~real, torch.iinfo(apart.dtype).max)
+    high = apart.masked_fill(~real, torch.iinfo(apart.dtype).min)
+    bounds = torch.stack((low.amin(1), high.amax(1)), 1).tolist()
+    if any(least < most for least, most in bounds):
+        raise InvalidValue(
+            "position_ids must grow by one from token to token (packed or reordered sequences are not supported): "
+            "run each sequence as a row of its own, or leave position_ids out"
+        )
+    return frozenset(least for least, most in bounds if least == most) or frozenset({0})
+
+
+def _read_mask(
+    mask: torch.Tensor, position_ids: torch.Tensor | None, cached: int
+) -> tuple[tuple[Extent, ...], frozenset[int]]:
+    """Extents and shifts of all rows."""
+    end = mask.shape[1]
+    real = mask != 0
+    first = real.to(torch.uint8).argmax(1)  # the first of the largest: 0 in a row of padding
+    last = end - real.flip(1).to(torch.uint8).argmax(1)
+    odd = ((mask != 0) & (mask != 1)).any(1)
+    bounds = torch.stack((first, last, real.sum(1), odd.to(first)), 1).tolist()
+    if any(values[3] for values in bounds):
+        raise InvalidValue(
+            "attention_mask must be 1 at tokens and 0 at padding, it holds other values: an additive mask is not supported"
+        )
+    rows = []
+    for begin, stop, count, _ in bounds:
+        if count and stop - begin != count:
+            raise InvalidValue(
+                f"attention_mask hides tokens between tokens {begin} and {stop}: "
+                "dual chunk attention takes padding at the ends of a row only. If the text itself holds the pad token, "
+                "pass attention_mask=torch.ones_like(input_ids)"
+            )
+        rows.append(Extent(begin, stop) if count else Extent(0, 0))
+    return tuple(rows), _shifts(position_ids, first, real[:, cached:], cached)
+
+
+def make_layout(
+    call: Call,
+    start: int,
+    stop: int,
+    *,
     settings: LongContextConfig,
     rotary: RotarySource,
     dtype: torch.dtype,
     device: torch.device,
-    prompt_length: int = 0,
-    one_chunk: bool = False,
-    kernel: str | None = None,
+    mode: Mode = "prefill",
     weights: bool = False,
-    sparse: Request | None = None,
-) -> Plan:
-    """Plan one forward.
+    sparse: Any = None,
+) -> Layout:
+    """Lay out one forward.
 
     Parameters
     ----------
-    position_ids : torch.Tensor, optional
-        Shape (1 or batch, tokens), integer; by default the tokens follow the cached ones.
-    attention_mask : torch.Tensor, optional
-        Shape (batch, at least cached + tokens), 0 at padding.
-    batch, tokens, cached : int
-        Rows, tokens of this forward, tokens already in the cache.
+    call : Call
+    start, stop : int
+        Indices in the cache of the first token of this forward and of the one after the last.
     settings : LongContextConfig
     rotary : RotarySource
     dtype, device
         Of the activations.
-    prompt_length : int
-        Length of the whole prompt, padding included: the attention temperature is the prompt's until it is passed.
-    one_chunk : bool
-        Run as one chunk of ``chunk_size`` (plain rotary attention; for training).
-    kernel : str, optional
-        Instead of the settings' kernel.
+    mode : {"train", "prefill", "decode"}
     weights : bool
         Attention weights are asked for.
-    sparse : Request, optional
+    sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
-
-    Raises
-    ------
-    ValueError
-        Positions that do not grow by one, or padding between tokens.
     """
-    if position_ids is None:
-        position_ids = (torch.arange(tokens, device=device) + cached)[None]
-    mask = None if attention_mask is None else attention_mask[:, : cached + tokens]
-    rows = _rows(position_ids, mask, batch, tokens, cached)
-    stride = settings.chunk_size if one_chunk else settings.stride
-    full_length = max(prompt_length, cached + tokens)
-    dense_from = full_length - (sparse.dense_end if sparse is not None else 0)
-    groups = _groups(rows, cached, stride, settings, full_length, prompt_length, dense_from, device)
+    groups, heated = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
+    positions = _positions(call, start, stop, device)
+    heat = _heat(call, positions, heated, settings, device) if heated else None
     tables = RotaryTables(
-        position_ids.to(device),
+        positions,
         kinds,
-        stride,
+        settings.stride,
         settings.chunk_size,
         rotary.inv_freq,
         rotary.attention_scaling,
         dtype,
+        heat,
     )
-    covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == (
-        slice(0, batch),
-        slice(0, tokens),
-    )
-    return Plan(groups, covers_all, tables, kernel or settings.kernel, cached + tokens, weights, sparse)
+    everything = slice(0, len(call.rows)), slice(0, stop - start)
+    covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == everything
+    return Layout(tuple(groups), covers_all, tables, settings.kernel, stop, mode, weights, sparse)
 
 
-def _rows(position_ids: torch.Tensor, mask: torch.Tensor | None, batch: int, tokens: int, cached: int) -> list[Row]:
-    """Geometry of every row. One transfer to the host where nothing is padded."""
-    index = torch.arange(cached, cached + tokens, device=position_ids.device)
-    low, high = torch.aminmax(index - position_ids)
-    full = torch.ones_like(low) if mask is None else mask.all().to(low)
-    offset, highest, unpadded = torch.stack((low, high, full)).tolist()
-    if unpadded and offset == highest:
-        return [Row((0, tokens), 0, offset)] * batch
-    offsets = (index - position_ids).expand(batch, tokens).cpu()
-    if mask is None:
-        return [_padded_row(offsets[b], torch.ones(cached + tokens, dtype=torch.bool), cached) for b in range(batch)]
-    visible = mask.bool().cpu()
-    return [_padded_row(offsets[b], visible[b], cached) for b in range(batch)]
-
-
-def _padded_row(offsets: torch.Tensor, visible: torch.Tensor, cached: int) -> Row:
-    kept = visible.nonzero()[:, 0]
-    if len(kept) == 0:
-        return Row((0, 0), 0, 0)
-    first, last = int(kept[0]), int(kept[-1]) + 1
-    if last - first != len(kept):
-        raise ValueError(
-            f"attention_mask hides tokens between tokens {first} and {last}: "
-            "dual chunk attention takes padding at the ends of a row only. If the text itself holds the pad token, "
-            "pass attention_mask=torch.ones_like(input_ids)"
-        )
-    queries = (min(max(first - cached, 0), len(offsets)), max(last - cached, 0))
-    own = offsets[slice(*queries)]
-    if len(own) == 0:
-        return Row((0, 0), first, 0)
-    if bool((own != own[0]).any()):
-        raise ValueError(
-            "position_ids must grow by one from token to token (packed or reordered sequences are not supported): "
-            "run each sequence as a row of its own, or leave position_ids out"
-        )
-    return Row(queries, first, int(own[0]))
+def _positions(call: Call, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Positions of the tokens of a forward, shape (1 or batch, tokens); 0 at padding before a row."""
+    index = torch.arange(start, stop, device=device)
+    firsts = [row.first for row in call.rows]
+    if len(set(firsts)) == 1:
+        return (index - firsts[0]).clamp(min=0)[None] if firsts[0] else index[None]
+    return (index - torch.tensor(firsts, device=device)[:, None]).clamp(min=0)
 
 
 def _groups(
-    rows: list[Row],
-    cached: int,
-    stride: int,
-    settings: LongContextConfig,
-    full_length: int,
-    prompt_length: int,
-    dense_from: int,
-    device: torch.device,
-) -> tuple[RowGroup, ...]:
-    groups = []
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        if stop < len(rows) and rows[stop] == rows[start]:
+    call: Call, start: int, stop: int, settings: LongContextConfig, dense_end: int
+) -> tuple[list[RowGroup], list[bool]]:
+    """Groups of equal rows with tokens in ``[start, stop)``, and for each row whether its temperature differs by query."""
+    groups: list[RowGroup] = []
+    heated: list[bool] = []
+    rows = call.rows
+    begin = 0
+    for end in range(1, len(rows) + 1):
+        if end < len(rows) and rows[end] == rows[begin]:
             continue
-        row = rows[start]
-        first, last = row.queries
+        row = rows[begin]
+        first, last = max(row.first, start), min(row.last, stop)
+        ends = [1.0, 1.0]
         if first < last:
-            begin, end = cached - row.offset + first, cached - row.offset + last
-            border = dense_from - row.offset
-            cut = min(max(begin, border), end)
-            oldest = row.first_key - row.offset
-            found = spans(begin, cut, stride, oldest) + spans(cut, end, stride, oldest)
-            heat = _temperature(row, cached, settings, full_length, prompt_length, device)
-            groups.append(RowGroup(slice(start, stop), slice(first, last), row.offset, found, heat, border))
-        start = stop
-    return tuple(groups)
+            at, to = first - row.first, last - row.first
+            border = row.last - row.first - dense_end
+            cut = min(max(at, border), to)
+            found = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
+            ends = [_temperature(call, row, position, settings) for position in (at, to - 1)]
+            one = ends[0] if ends[0] == ends[1] else 1.0
+            queries = slice(first - start, last - start)
+            groups.append(RowGroup(slice(begin, end), queries, row.first, found, one, border))
+        heated += [ends[0] != ends[1]] * (end - begin)
+        begin = end
+    return groups, heated if any(heated) else []
 
 
-def _temperature(
-    row: Row,
-    cached: int,
-    settings: LongContextConfig,
-    full_length: int,
-    prompt_length: int,
-    device: torch.device,
-) -> float | torch.Tensor:
-    """``f²`` of a row: the prompt's for the prompt, each token's own beyond it."""
-    if prompt_length == 0 or cached + row.queries[1] <= prompt_length or row.queries[1] - row.queries[0] == 1:
-        return settings.temperature(full_length - row.offset)
-    lengths = [max(prompt_length, cached + t + 1) - row.offset for t in range(*row.queries)]
-    values = [settings.temperature(n) for n in lengths]
-    if values[0] == values[-1]:
-        return values[0]
-    return torch.tensor(values, device=device)[:, None, None]
+def _temperature(call: Call, row: Extent, position: int, settings: LongContextConfig) -> float:
+    """``f²`` of a query; it never falls with the position, so equal ends of a range say that it is constant there."""
+    by_position = settings.attention_temperature == "position"
+    return settings.temperature(position + 1 if by_position else call.temperature_length(row, position))
+
+
+def _heat(
+    call: Call, positions: torch.Tensor, heated: list[bool], settings: LongContextConfig, device: torch.device
+) -> torch.Tensor:
+    """``f²`` of every query of the rows that are `heated`, shape (rows, tokens), float64; 1 in the others."""
+    by_position = settings.attention_temperature == "position"
+    prompts = [0 if by_position else min(row.last, call.prompt) - row.first for row in call.rows]
+    if positions.shape[0] == 1 and len(set(zip(prompts, heated, strict=True))) == 1:
+        prompts, heated = prompts[:1], heated[:1]
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    lengths = torch.maximum(positions + 1, torch.tensor(prompts, device=device)[:, None]).to(exact)
+    factor = (0.1 * (lengths / settings.original_max_position_embeddings).log() + 1.0).clamp(min=1.0) ** 2
+    return factor.where(torch.tensor(heated, device=device)[:, None], 1.0)

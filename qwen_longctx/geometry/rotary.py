@@ -34,7 +34,13 @@ class Rotation(NamedTuple):
         return Rotation(self.cos[rows, tokens], self.sin[rows, tokens])
 
 
-def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float, dtype: torch.dtype) -> Rotation:
+def rotation(
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    attention_scaling: float,
+    dtype: torch.dtype,
+    factor: torch.Tensor | None = None,
+) -> Rotation:
     """Table for integer `positions`.
 
     Parameters
@@ -47,6 +53,8 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling:
         The module's own factor (1 but for YaRN).
     dtype : torch.dtype
         Of the table.
+    factor : torch.Tensor, optional
+        Shape (rows, tokens): what is rotated is multiplied by it too.
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     angles = positions[..., None, None].to(exact) * inv_freq.to(positions.device)
@@ -54,6 +62,8 @@ def rotation(positions: torch.Tensor, inv_freq: torch.Tensor, attention_scaling:
     cos, sin = angles.cos(), angles.sin()
     if attention_scaling != 1:
         cos, sin = cos * attention_scaling, sin * attention_scaling
+    if factor is not None:
+        cos, sin = cos * factor[..., None, None], sin * factor[..., None, None]
     return Rotation(cos.to(dtype), sin.to(dtype))
 
 
@@ -79,6 +89,9 @@ class RotaryTables:
         Geometry, in tokens.
     inv_freq, attention_scaling, dtype
         As in `rotation`.
+    heat : torch.Tensor, optional
+        Shape (1 or rows, tokens), float64: factor on the logits of every query, which its rotations take in, so that
+        neither keys nor the softmax scale know of it.
     """
 
     def __init__(
@@ -90,28 +103,48 @@ class RotaryTables:
         inv_freq: torch.Tensor,
         attention_scaling: float,
         dtype: torch.dtype,
+        heat: torch.Tensor | None = None,
     ) -> None:
         table = partial(rotation, inv_freq=inv_freq, attention_scaling=attention_scaling, dtype=dtype)
         self._table = table
         self._geometry = stride, chunk_size
+        self._heat = heat
         self.keys = table(key_positions(positions, stride))
         self.queries: dict[Kind, Rotation] = {"intra": self.keys}
+        if heat is not None:
+            self.queries["intra"] = table(key_positions(positions, stride), factor=heat)
         if "successive" in kinds:
-            self.queries["successive"] = table(query_positions("successive", positions, stride, chunk_size))
+            self.queries["successive"] = table(
+                query_positions("successive", positions, stride, chunk_size), factor=heat
+            )
         if "inter" in kinds:
-            self.queries["inter"] = table(query_positions("inter", positions[:1, :1], stride, chunk_size))
+            every = positions[:1, :1] if heat is None else positions
+            self.queries["inter"] = table(query_positions("inter", every, stride, chunk_size), factor=heat)
 
-    def selection(self, kind: Kind, positions: torch.Tensor) -> Rotation:
-        """Rotation of queries at `positions`, shape (rows, tokens), that only select keys of one kind of segment."""
-        return self._table(selection_positions(kind, positions, *self._geometry))
+    def selection(self, kind: Kind, positions: torch.Tensor, rows: slice, tokens: slice) -> Rotation:
+        """Rotation of queries that only select keys of one kind of segment.
+
+        Parameters
+        ----------
+        kind : str
+        positions : torch.Tensor
+            Shape (1, tokens), integer positions of the queries.
+        rows, tokens : slice
+            Where the queries stand in this forward.
+        """
+        heat = self._heat
+        if heat is not None:
+            heat = heat[rows if heat.shape[0] > 1 else slice(None), tokens]
+        return self._table(selection_positions(kind, positions, *self._geometry), factor=heat)
 
     def to(self, device: torch.device) -> RotaryTables:
         """The same tables on another device."""
         moved = object.__new__(RotaryTables)
         moved._table, moved._geometry = self._table, self._geometry
+        moved._heat = None if self._heat is None else self._heat.to(device, non_blocking=True)
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {
-            kind: moved.keys if kind == "intra" else Rotation(*(t.to(device, non_blocking=True) for t in table))
+            kind: moved.keys if table is self.keys else Rotation(*(t.to(device, non_blocking=True) for t in table))
             for kind, table in self.queries.items()
         }
         return moved

@@ -1,24 +1,25 @@
-"""A KV cache that never copies itself: room for the whole run is taken once, and layers hand out views."""
+"""A transformers cache that never copies itself, and the guard on caches of others."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from qwen_longctx.sparsity.state import SparseState
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
+from qwen_longctx.kv.sequence import Sequence
+from qwen_longctx.kv.store import Store, Tensors
 
-_GROWTH = 1.5  # amortised, where the length is not known beforehand
-_SMALLEST = 256
+_MOST = 1 << 40  # tokens: no machine holds more, and sizes in bytes stay within 64 bits
+_OURS = "dual_chunk"  # in what an update is given beside keys and values: the patched attention calls
 
 
 class LongContextLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of shape (batch, room, kv_heads, head_dim).
+    """One layer of a `LongContextCache`: a `Store` as transformers wants to see it.
 
-    `keys` and `values` are views of shape (batch, kv_heads, tokens, head_dim), as transformers expects them.
-    The buffers lie on the device of the first keys they are given.
+    `keys` and `values` are views of shape (batch, kv_heads, tokens, head_dim).
 
     Parameters
     ----------
@@ -27,11 +28,7 @@ class LongContextLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._length = 0
-        self._means: torch.Tensor | None = None
-        self._mean_size = 0
-        self.capacity = capacity
+        self.store = Store(capacity)
         super().__init__()
 
     @property
@@ -51,149 +48,127 @@ class LongContextLayer(DynamicLayer):
         self._adopt(1, value)
 
     def _view(self, which: int) -> torch.Tensor | None:
-        return None if self._buffers is None else self._buffers[which][:, : self._length].transpose(1, 2)
+        if self.store.buffers is None:
+            return None
+        return self.store.segment(0, self.store.length)[which].transpose(1, 2)
 
     def _adopt(self, which: int, value: torch.Tensor | None) -> None:
-        """Take what transformers assigns (offloaded tensors, say) as a full buffer."""
-        if value is None:
-            self._buffers, self._length, self._means = None, 0, None
-            return
-        taken = value.transpose(1, 2)
-        other = taken if self._buffers is None else self._buffers[1 - which]
-        self._buffers = (taken, other) if which == 0 else (other, taken)
-        self._length, self._means = taken.shape[1], None
+        """Take what transformers assigns, offloaded tensors for example, as a full buffer."""
+        self.store.adopt(which, None if value is None else value.transpose(1, 2))
 
     def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
         """Take the room: `key_states` of shape (batch, kv_heads, tokens, head_dim) gives batch, dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
         values = args[0] if args else key_states
-        room = max(self.capacity, key_states.shape[2])
-        self._buffers = (_empty(key_states, room), _empty(values, room))
-        self._length = 0
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store.allocate(key_states.transpose(1, 2), values.transpose(1, 2))
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append tokens; both of shape (batch, kv_heads, tokens, head_dim). Returns views of all tokens so far."""
-        keys, values = self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        keys, values = self.store.segment(0, self.store.length)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` in the layout of the buffers, shape (batch, tokens, kv_heads, head_dim), in and out."""
-        if self._buffers is None:
-            self.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        assert self._buffers is not None
-        start, stop = self._length, self._length + k.shape[1]
-        if stop > self._buffers[0].shape[1]:
-            self._grow(max(stop, int(stop * _GROWTH), _SMALLEST))
-        keys, values = self._buffers
-        keys[:, start:stop] = k
-        values[:, start:stop] = v
-        self._length = stop
-        return keys[:, :stop], values[:, :stop]
-
-    def _grow(self, room: int) -> None:
-        assert self._buffers is not None
-        grown = []
-        for old in self._buffers:
-            new = old.new_empty(old.shape[0], room, *old.shape[2:])
-            new[:, : self._length] = old[:, : self._length]
-            grown.append(new)
-        self._buffers = (grown[0], grown[1])
-
-    def key_means(self, size: int) -> torch.Tensor:
-        """`mean_keys` of all keys so far, worked out once a key."""
-        assert self._buffers is not None
-        if self._means is None or self._mean_size != size:
-            self._means, self._mean_size = self._buffers[0][:, :0], size
-        known = self._means.shape[1]
-        if known < self._length // size:
-            fresh = mean_keys(self._buffers[0][:, known * size : self._length], size)
-            self._means = torch.cat((self._means, fresh), dim=1)
-        return self._means
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> Store:
+        """`update` in the layout of the store, shape (batch, tokens, kv_heads, head_dim)."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
+        self.store.append(k, v)
+        return self.store
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens held."""
-        return self._length
+        return self.store.length
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens; nothing is copied."""
+        self.store.truncate(tokens)
 
     def crop(self, tokens: int) -> None:
         """Keep `tokens` tokens, or drop ``-tokens`` if negative, as transformers of different ages ask for.
 
         0 drops nothing, as in assisted decoding when every candidate is taken. Nothing is copied.
         """
-        keep = tokens if tokens > 0 else self._length + tokens
-        self._length = max(0, min(keep, self._length))
-        if self._means is not None:
-            self._means = self._means[:, : self._length // self._mean_size]
+        self.store.truncate(tokens if tokens > 0 else self.store.length + tokens)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take rows `beam_idx`, as beam search does each step."""
-        self.batch_select_indices(beam_idx)
+        self.store.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        if self._buffers is not None:
-            rows = torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats)
-            self.batch_select_indices(rows)
+        if self.store.buffers is not None:
+            rows = torch.arange(self.store.buffers[0].shape[0])
+            self.store.select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep rows `indices`, integers of shape (rows,)."""
-        if self._buffers is None:
-            return
-        selected = []
-        for old in self._buffers:
-            rows = indices.to(old.device)
-            new = old.new_empty(len(rows), *old.shape[1:])
-            torch.index_select(old[:, : self._length], 0, rows, out=new[:, : self._length])
-            selected.append(new)
-        self._buffers, self._means = (selected[0], selected[1]), None
+        self.store.select_rows(indices)
 
     def reset(self) -> None:
         """Forget all tokens and keep the room."""
-        self._length, self._means = 0, None
+        self.store.truncate(0)
 
 
 class LongContextCache(DynamicCache):
     """Cache for one run of any length; a drop-in for transformers' `DynamicCache`.
 
+    A call of a patched model that fails or is interrupted leaves the cache as it was before the call.
+
     Parameters
     ----------
     capacity : int
-        Tokens (prompt and new ones) to make room for when a layer first sees keys. With 0 the room grows by half
-        whenever it is full.
+        Tokens (prompt and new ones) to make room for when a layer first sees keys. Full buffers grow by half, and by
+        at most 16,384 tokens.
+    observer : sparsity.observer.Observer, optional
+        Is told of the stages and spans of a prefill, for measurements.
 
     Attributes
     ----------
-    prompt_length : int
-        Length of the prompt whose attention temperature holds until it is passed; 0 if none was announced.
-    sparse_state : SparseState
-        Budgets and record of sparse prefill.
+    qwen_longctx : Sequence
+        What is known of the sequence beside its keys and values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `capacity` is no whole number, negative, or more than any machine holds.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
+    def __init__(self, capacity: int = 0, observer: Any = None) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int):
-            raise TypeError(f"capacity must be a whole number of tokens, got {capacity!r}")
-        if capacity < 0:
-            raise ValueError(f"capacity must not be negative, got {capacity}")
+            raise InvalidType(f"capacity must be a whole number of tokens, got {capacity!r}")
+        if not 0 <= capacity <= _MOST:
+            raise InvalidValue(f"capacity must not be negative and at most {_MOST}, got {capacity}: leave it out")
         Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
         self.capacity = capacity
-        self._forget()
+        self.qwen_longctx = Sequence()
+        self.observer = observer
 
-    def _forget(self) -> None:
-        self.prompt_length = 0
-        self.sparse_state = SparseState()
-        self.prefill_tokens = 0
-        self.prefill_seconds = 0.0
-        self.peak_memory_bytes = 0
+    @property
+    def sparse_state(self) -> Any:
+        """Budgets and records of sparse prefill."""
+        return self.qwen_longctx.sparse
 
     def reset(self) -> None:
         """Forget the sequence and keep the room."""
         super().reset()
-        self._forget()
+        self.qwen_longctx = Sequence()
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to one layer in the layout of its buffers: spares decode the transpositions of `update`."""
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]  # noqa: E501
+        """Append to one layer, as the attention of an unpatched model does.
+
+        Raises
+        ------
+        PatchConflict
+            The cache holds keys of a patched model.
+        """
+        _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> Store:
+        """Append to one layer in the layout of its store, as the patched attention does."""
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer].append(k, v)
@@ -201,25 +176,67 @@ class LongContextCache(DynamicCache):
     def report(self) -> dict[str, Any]:
         """What the prefill cost and what it kept.
 
-        Tokens, seconds, tokens per second, peak memory in bytes (0 without CUDA), the density of sparse prefill (1 if
-        it was dense) and, for every layer that was sparse, its density, mean recall and the recall of its worst head.
+        Tokens, seconds, tokens per second and peak memory in bytes of the prefills of this cache (0 without CUDA), the
+        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
+        and the recall of its worst head.
         """
-        seconds = self.prefill_seconds
+        state = self.qwen_longctx
+        seconds = state.prefill_seconds
         return {
-            "density": self.sparse_state.density(),
-            "layers": self.sparse_state.by_layer(),
-            "tokens": self.prefill_tokens,
+            "density": state.sparse.density(),
+            "layers": state.sparse.by_layer(),
+            "tokens": state.prefill_tokens,
             "prefill_seconds": seconds,
-            "tokens_per_second": self.prefill_tokens / seconds if seconds else 0.0,
-            "peak_memory_bytes": self.peak_memory_bytes,
+            "tokens_per_second": state.prefill_tokens / seconds if seconds else 0.0,
+            "peak_memory_bytes": state.peak_memory_bytes,
         }
 
 
-def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:
-    """Means of every `size` keys of (batch, keys, kv_heads, head_dim): (batch, keys // size, kv_heads, head_dim)."""
-    return k[:, : k.shape[1] // size * size].unflatten(1, (-1, size)).mean(dim=2)
+def _guarded_update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The update of a layer that a patched model has filled: refuses the attention of an unpatched one."""
+    ours = any(isinstance(extra, dict) and extra.get(_OURS) for extra in (*args, kwargs.get("cache_kwargs")))
+    if not ours:
+        _refuse_stock(self.get_seq_length())
+    return self.guarded.update(self, key_states, value_states, *args, **kwargs)
 
 
-def _empty(states: torch.Tensor, room: int) -> torch.Tensor:
-    batch, heads, _, head_dim = states.shape
-    return states.new_empty(batch, room, heads, head_dim)
+class GuardedLayer(DynamicLayer):
+    """A layer of a `DynamicCache` that a patched model has filled."""
+
+    guarded = DynamicLayer
+    update = _guarded_update
+
+
+@lru_cache
+def _guard_of(kind: type) -> type:
+    if kind is DynamicLayer:
+        return GuardedLayer
+    return type(f"Guarded{kind.__name__}", (kind,), {"guarded": kind, "update": _guarded_update})
+
+
+def guard(cache: Any) -> None:
+    """Let the layers of a cache that a patched model has filled refuse the attention of an unpatched one."""
+    for layer in getattr(cache, "layers", ()):
+        if not isinstance(layer, LongContextLayer) and not hasattr(layer, "guarded"):
+            layer.__class__ = _guard_of(type(layer))
+
+
+def append(
+    cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None = None
+) -> Store | Tensors:
+    """Append to one layer of any cache: `k`, `v` of shape (batch, tokens, kv_heads, head_dim), keys rotated."""
+    if isinstance(cache, LongContextCache):
+        return cache.append(k, v, layer)
+    extra: dict[str, Any] = {_OURS: True}
+    if cache_position is not None:
+        extra["cache_position"] = cache_position
+    keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer, extra)
+    return Tensors(keys.transpose(1, 2), values.transpose(1, 2))
+
+
+def _refuse_stock(held: int) -> None:
+    if held:
+        raise PatchConflict(
+            f"the cache holds {held} tokens of a model patched by qwen_longctx, and the model that continues it is not "
+            "patched: patch it again with the same settings, or start with a new cache"
+        )

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
-from qwen_longctx.ops.device import older_than
 from qwen_longctx.ops.compact import BlockLists
+from qwen_longctx.ops.device import older_than
 from qwen_longctx.ops.sdpa import sdpa
 
 BLOCK = 128  # its tile of queries and of keys at the head dims of Qwen

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
-from qwen_longctx.ops.device import has_triton, older_than
 from qwen_longctx.ops.compact import BlockLists
+from qwen_longctx.ops.device import has_triton, older_than
 from qwen_longctx.ops.sdpa import sdpa
 
 _VARIANTS = 64  # to compile: causal or not, one tile or many, whole tiles or not, models of other shapes

@@ -11,6 +11,7 @@ from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
 By = Literal["mass", "threshold"]
+_BITS = 31  # of a float32 that is not negative
 
 
 def keep(

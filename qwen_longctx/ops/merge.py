@@ -11,6 +11,7 @@ from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
 MOST_FUSED = 4  # parts that the Triton kernel merges in one pass
 TOKENS_AT_A_TIME = 8192  # bounds the float32 partial sums elsewhere
+_MERGED_ROWS = 16
 
 
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

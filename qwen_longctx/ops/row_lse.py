@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,7 @@ from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LN2, ROWS_AT_A_TIME, on_its_device, tl, triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
+_PROGRAMS_WANTED = 2048  # splits of long key ranges fill the device with at least so many programs
 
 
 def row_lse(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: float) -> torch.Tensor:

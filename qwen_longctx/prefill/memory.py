@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen_longctx.config import LongContextConfig, head_dim
+from qwen_longctx.checkpoint import head_dim
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.ops.merge import TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK
 

@@ -12,6 +12,7 @@ import torch
 from qwen_longctx.geometry.positions import Kind, Segment, Span
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.row_lse import joint_lse
+from qwen_longctx.sparsity.budgets import HeadBudgets
 
 
 class Piece(NamedTuple):
@@ -69,7 +70,7 @@ class SpanView:
         return replace(self, span=span, tiles=tiles, pieces=pieces, kept={})
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """``work()``, which knows no budget: kept for the trials of a first budget, that meet one tile many times."""
+        """``work()``, whose result depends on no budget: kept while a first budget is tried on one tile many times."""
         if self.kept is None:
             return work()
         if name not in self.kept:
@@ -81,10 +82,31 @@ class SpanView:
         return self.k[:, segment.key_start : segment.key_stop]
 
     def full_lse(self, rows: int) -> torch.Tensor:
-        """Log-sum-exp of the last `rows` queries over all keys, shape (batch, heads, rows): the dense truth."""
+        """Log-sum-exp of the last `rows` queries over all keys, shape (batch, heads, rows): that of dense attention."""
         positions = torch.arange(self.span.stop - rows, self.span.stop, device=self.k.device)
         parts = ((q[:, -rows:], self.keys(s), positions + 1 - s.key_start) for s, q in self.pieces)
         return joint_lse(parts, scale=self.scale)
+
+
+class Prompt(NamedTuple):
+    """What a selection rule may know beside the span.
+
+    Attributes
+    ----------
+    options
+        The settings that the rule owns: the ``Options`` of its file.
+    times_trained : float
+        Length of the whole prompt, in lengths that the model was trained to attend.
+    last_q : int
+        Queries at the end of a span that speak for it.
+    head_budgets : HeadBudgets, optional
+        The checkpoint's budgets of this process's heads, for rules that need them.
+    """
+
+    options: Any
+    times_trained: float
+    last_q: int
+    head_budgets: HeadBudgets | None = None
 
 
 class Selection(NamedTuple):

@@ -8,20 +8,19 @@ elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional
 
+from qwen_longctx.config import share
+from qwen_longctx.errors import InvalidValue
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.keep import By, keep
 from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.sparsity.rules.rule import Rule
-from qwen_longctx.sparsity.view import Selection, SpanView
-
-if TYPE_CHECKING:
-    from qwen_longctx.sparsity.state import Request
+from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
@@ -32,23 +31,60 @@ FAR_MASS = 0.85, 0.35  # just beyond the trained length, and at FAR
 NEAR = 96  # at FAR the nearest of so many blocks is kept always, before it fewer
 
 
-def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
+@dataclass(frozen=True)
+class Options:
+    """What block scores keep, instead of their own choice; None leaves the choice to the rule.
+
+    Attributes
+    ----------
+    density : float, optional
+        Share of the blocks; beside one of the others it is their limit.
+    mass : float, optional
+        Share of the scored mass.
+    score_threshold : float, optional
+        Fraction of a tile's best score from which on a block is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One is no number above 0 and up to 1, or both a mass and a threshold are given.
+    """
+
+    density: float | None = None
+    mass: float | None = None
+    score_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                object.__setattr__(self, field.name, share(field.name, value))
+        if self.mass is not None and self.score_threshold is not None:
+            raise InvalidValue(
+                "mass and score_threshold are given: a head's budget follows one of them, leave the other out"
+            )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the user says what is kept, so that budgets are not steered unless a recall is asked for."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+
+def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
     """Keep the best blocks until their scores are a share of the sum, a tile and a head at a time: `default_mass`.
 
     Such a share gives every tile the number of blocks it needs. With a density, mass or threshold in the settings,
     that instead. A budget of b divides what a mass leaves out and a threshold by b, and multiplies a density by it.
     The blocks before a tile are kept always, see `window`.
     """
-    settings, visible, budget = request.settings, view.tiles.visible, budget[:, None]
-    mass = settings.mass if settings.has_share else default_mass(request.times_trained)
+    options, times, budget = prompt.options, prompt.times_trained, budget[:, None]
+    mass = options.mass if options.fixed else default_mass(times)
     by: By = "threshold" if mass is None else "mass"
-    amount = (settings.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
+    amount = (options.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
     most = None
-    if settings.density is not None:
-        most = (settings.density * budget * visible).ceil().to(torch.int32)
-    found = view.once("scores", lambda: scores(view))
-    near = window(view.tiles, request.times_trained)
-    kept = keep(found, view.tiles, amount, by=by, most=most, sink=SINK, window=near)
+    if options.density is not None:
+        most = (options.density * budget * view.tiles.visible).ceil().to(torch.int32)
+    estimates = view.once("scores", lambda: scores(view))
+    kept = keep(estimates, view.tiles, amount, by=by, most=most, sink=SINK, window=window(view.tiles, times))
     return Selection(kept)
 
 
@@ -91,10 +127,11 @@ def scores(view: SpanView) -> torch.Tensor:
         first = segment.key_start // size
         parts.append((_pool(q, view.tiles), means[:, first : segment.key_stop // size], limits - first))
     lse = joint_lse(parts, scale=view.scale)
-    found = [
-        block_shares(q, k, lse, met, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale) for q, k, met in parts
+    shares = [
+        block_shares(q, k, lse, limit, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale)
+        for q, k, limit in parts
     ]
-    joined = torch.cat(found, dim=3)
+    joined = torch.cat(shares, dim=3)
     return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
 
 

@@ -1,16 +1,13 @@
-"""What a selection rule is, and how its budget is steered."""
+"""What a selection rule is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from qwen_longctx.sparsity.view import Selection, SpanView
-
-if TYPE_CHECKING:
-    from qwen_longctx.sparsity.state import Request
+from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
 
 class Rule(NamedTuple):
@@ -21,37 +18,24 @@ class Rule(NamedTuple):
     Attributes
     ----------
     select : callable
-        ``select(view, budget, request) -> Selection`` with `budget` of shape (heads,), float32.
+        ``select(view, budget, prompt) -> Selection`` with `budget` of shape (heads,), float32.
     start, lowest, highest : float
         Budget of a head that has not been seen yet, and the bounds of steering.
     recall_target : float, optional
         Recall to steer towards where the user names none; None leaves the budgets alone.
+    needs_budgets : bool
+        Whether the rule reads the checkpoint's vertical and slash budgets, `Prompt.head_budgets`.
     """
 
-    select: Callable[[SpanView, torch.Tensor, Request], Selection]
+    select: Callable[[SpanView, torch.Tensor, Prompt], Selection]
     start: float
     lowest: float
     highest: float
     recall_target: float | None
+    needs_budgets: bool = False
 
 
-def steer(budget: torch.Tensor, recall: torch.Tensor, target: float, rule: Rule) -> torch.Tensor:
-    """Budgets for the next span: times the odds of the target against those of the recall, to the power of one half.
+class NoOptions:
+    """The settings of a rule that has none."""
 
-    Parameters
-    ----------
-    budget : torch.Tensor
-        Shape (heads,), float32.
-    recall : torch.Tensor
-        Shape (batch, heads): rows share a head's budget.
-    target : float
-        Recall wanted, below 1.
-    rule : Rule
-    """
-    found = recall.mean(dim=0).clamp(min=0, max=1).to(budget)
-    odds = (1 - found) / found.clamp(min=torch.finfo(found.dtype).tiny) * target / (1 - target)
-    factor = odds.sqrt().clamp(min=_SLOWEST, max=_FASTEST)
-    return (budget * factor).clamp(min=rule.lowest, max=rule.highest)
-
-
-_SLOWEST, _FASTEST = 0.7, 4.0  # one easy span must not starve a head; a head that turns global is served at once
+    fixed = False

@@ -7,30 +7,27 @@ chunks at unclamped positions, so that diagonals stay diagonals (Qwen2.5-1M repo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional
 
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.row_lse import joint_lse, row_logits
-from qwen_longctx.sparsity.rules.rule import Rule
-from qwen_longctx.sparsity.view import Selection, SpanView
-
-if TYPE_CHECKING:
-    from qwen_longctx.sparsity.state import Request
+from qwen_longctx.sparsity.rules.rule import NoOptions, Rule
+from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
 FORCED_COLUMNS = 30
 FORCED_DIAGONALS = 100
 _KEYS_AT_A_TIME = 1 << 16  # bounds the shares that exist at once
 
+Options = NoOptions
 
-def select(view: SpanView, budget: torch.Tensor, request: Request) -> Selection:
+
+def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
     """Keep columns, and the blocks that diagonals pass through: `budget` times the checkpoint's numbers of them."""
-    sizes = request.head_budgets
+    sizes = prompt.head_budgets
     assert sizes is not None
     verticals, slashes = (_times(budget, numbers[view.layer]) for numbers in (sizes.verticals, sizes.slashes))
-    columns, distances = indices(view, verticals, slashes, request.settings.last_q)
+    columns, distances = indices(view, verticals, slashes, prompt.last_q)
     return Selection(_blocks(distances, view.tiles), columns)
 
 
@@ -47,7 +44,8 @@ def indices(
     ----------
     view : SpanView
     verticals, slashes : torch.Tensor
-        Shape (heads,), int64: columns and diagonals of each head, forced ones among them.
+        Shape (heads,), int64: columns and diagonals of each head, forced ones among them. All forced ones are kept,
+        also where a number is smaller.
     last_q : int
         Queries that score the keys.
 
@@ -61,14 +59,15 @@ def indices(
     column_sums, diagonal_sums = view.once("sums", lambda: _sums(view, rows))
     column_sums[..., :FORCED_COLUMNS] = torch.inf
     diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
-    distance = _best(diagonal_sums, slashes)
-    return _best(column_sums, verticals), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
+    # never fewer than the forced ones: among those, equal sums would choose
+    distance = _best(diagonal_sums, slashes.clamp(min=FORCED_DIAGONALS))
+    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS)), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
 
 
 def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention shares of the last queries, summed along columns and diagonals: (batch, heads, keys) each.
 
-    A diagonal is numbered by the column where it meets the last query.
+    A diagonal has the number of the column in which the last query lies on it.
     """
     stop = view.span.stop
     positions = torch.arange(stop - rows, stop, device=view.k.device)
@@ -88,7 +87,7 @@ def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _along_diagonals(shares: torch.Tensor) -> torch.Tensor:
-    """Sums along diagonals of (…, rows, keys), numbered by where they meet the last row: (…, keys + rows - 1)."""
+    """Sums along diagonals of (…, rows, keys), numbered by their column in the last row: (…, keys + rows - 1)."""
     rows, keys = shares.shape[-2:]
     padded = functional.pad(shares.flip(-2), (0, rows))  # row i, counted from the last, moves i to the right
     sheared = padded.flatten(-2)[..., : rows * (keys + rows - 1)].unflatten(-1, (rows, -1))
@@ -98,8 +97,8 @@ def _along_diagonals(shares: torch.Tensor) -> torch.Tensor:
 def _best(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Indices of each head's largest sums, -1 beyond its count."""
     counts = counts.to(sums.device).clamp(max=sums.shape[-1])
-    found = sums.topk(int(counts.max()), dim=-1).indices
-    return found.masked_fill(torch.arange(found.shape[-1], device=found.device) >= counts[:, None], -1)
+    best = sums.topk(int(counts.max()), dim=-1).indices
+    return best.masked_fill(torch.arange(best.shape[-1], device=best.device) >= counts[:, None], -1)
 
 
 def _blocks(distances: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -127,4 +126,4 @@ def _blocks(distances: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     return (mask & sees) | (sees & (block >= tiles.whole[:, None]))
 
 
-RULE = Rule(select, start=1.0, lowest=0.25, highest=64.0, recall_target=None)
+RULE = Rule(select, start=1.0, lowest=0.25, highest=64.0, recall_target=None, needs_budgets=True)

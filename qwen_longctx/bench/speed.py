@@ -1,0 +1,147 @@
+"""Time to the first token of stock, dense and sparse prefill, and where sparse spends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Qwen2ForCausalLM
+
+from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx.bench.breakdown import Breakdown
+from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.timing import timed
+from qwen_longctx.errors import InvalidValue
+
+# with the dense spans of a run, no less than block scores keep of real text by default (results/quality*.json)
+DENSITIES = {32768: 0.29, 65536: 0.085, 131072: 0.042, 262144: 0.026, 524288: 0.018, 1_000_000: 0.02}
+LENGTHS = tuple(DENSITIES)
+SHORTEST = 384  # one tile of 128 that is sparse, and the two at the end of a prompt that never are
+DENSE = {"sparse": "off"}
+_ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
+
+
+@torch.no_grad()
+def measure(
+    lengths: list[int],
+    device: torch.device,
+    tiny: bool = False,
+    density: float | None = None,
+    dense_layers: int = 0,
+    whole_up_to: int = 131072,
+) -> Iterator[dict[str, Any]]:
+    """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
+
+    Random weights attend evenly, so sparse runs block scores at a fixed density, steered towards a recall that every
+    head has: the work of a run by default that keeps as much, trials of first budgets included. The breakdown is of
+    the same run, by events that wait for nothing. Every length is warmed up on one layer before.
+
+    Parameters
+    ----------
+    lengths : list of int
+    device : torch.device
+    tiny : bool
+        A toy shape.
+    density : float, optional
+        Share of the blocks; by default one for each length (`DENSITIES`, of the nearest length).
+    dense_layers : int
+        Project dense of longer prompts from two models of this many and twice as many layers, run at full length; 0
+        runs it whole.
+    whole_up_to : int
+        Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
+
+    Raises
+    ------
+    InvalidValue
+        A length is below `SHORTEST`.
+    """
+    for length in lengths:
+        if length < SHORTEST:
+            raise InvalidValue(
+                f"bench speed measures prompts of at least {SHORTEST} tokens, got {length}: shorter ones have no part "
+                "that is prefilled sparsely"
+            )
+    model = random_model(device, tiny)
+    for length in lengths:
+        share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
+        ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
+        row: dict[str, Any] = {"tokens": length, "density_asked": share}
+        sparse = {
+            "sparse": "block_scores",
+            "density": share,
+            "recall_target": _ANY_RECALL,
+            "sparse_attention_threshold": min(length - 1, 32767),
+        }
+        _warm_up(ids, [sparse, DENSE, *([None] if length <= whole_up_to else [])], device, tiny)
+        row.update(_sparse(model, ids, sparse, device))
+        if dense_layers and length > whole_up_to:
+            row["dense_seconds"] = _projected(ids, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
+        else:
+            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, DENSE, device)[0], "run whole"
+        if length <= whole_up_to:
+            row["stock_seconds"] = _first_token(model, ids, None, device)[0]
+        row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
+        row["selection_share"] = round(row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"], 4)
+        yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _sparse(
+    model: Qwen2ForCausalLM, ids: torch.Tensor, overrides: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """The part of a row that is about the sparse run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with Breakdown(model, device) as clock:
+        seconds, report = _first_token(model, ids, overrides, device, clock)
+    row = {
+        "sparse_seconds": seconds,
+        "density": round(report["density"], 5),
+        "list_kernel": clock.kernel,
+        "sparse_breakdown_seconds": clock.seconds(seconds),
+    }
+    if device.type == "cuda":
+        row["sparse_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+    return row
+
+
+def _warm_up(ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool) -> None:
+    """Every run of a length on one layer: kernels are compiled, and cuDNN plans, once a process for every shape."""
+    model = random_model(device, tiny, layers=1)
+    for overrides in runs:
+        _first_token(model, ids, overrides, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the long run finds its memory in one piece
+
+
+def _first_token(
+    model: Qwen2ForCausalLM,
+    ids: torch.Tensor,
+    overrides: dict[str, Any] | None,
+    device: torch.device,
+    observer: Breakdown | None = None,
+) -> tuple[float, dict[str, Any]]:
+    """Seconds from the prompt to the first token's logits, and the cache's report.
+
+    Stock transformers run if `overrides` is None, and report nothing.
+    """
+    if overrides is None:
+        return timed(lambda: model(ids, use_cache=True, logits_to_keep=1), device), {}
+    cache = LongContextCache(ids.shape[1] + 1, observer=observer)
+    with patched_qwen(model, **overrides):
+        seconds = timed(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1), device)
+    return seconds, cache.report()
+
+
+def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int, of: int) -> float:
+    """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
+
+    Were planning in the first time only, the slope would lose it once for every layer.
+    """
+    times = []
+    for count in (layers, 2 * layers):
+        model = random_model(device, tiny, layers=count)
+        times.append(_first_token(model, ids, DENSE, device)[0])
+        del model
+    return times[0] + (of - layers) * (times[1] - times[0]) / layers

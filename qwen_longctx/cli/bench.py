@@ -1,0 +1,62 @@
+"""Time and memory on the shape of Qwen2.5-7B, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
+from qwen_longctx.errors import InvalidValue, Unsupported
+
+_OF_SPEED = ("density", "dense_layers", "whole_up_to")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``qwen-longctx bench``."""
+    parser.add_argument("what", choices=["attention", "stock", "mlp", "headline", "speed"], help="what to measure")
+    add_lengths(parser, "tokens of the prompts", required=False)
+    parser.add_argument("--density", type=share, help="speed: share of the blocks kept, instead of one by length")
+    parser.add_argument(
+        "--dense-layers",
+        type=at_least_one,
+        help="speed: project longer dense runs from so many layers",
+    )
+    parser.add_argument(
+        "--whole-up-to",
+        type=at_least_zero,
+        help="speed: longest stock run, and dense run as it is; 131072 by default",
+    )
+    parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print a row for each length."""
+    import torch
+
+    from qwen_longctx.bench.shapes import model_config
+    from qwen_longctx.cli.checkpoint import check_room
+    from qwen_longctx.evaluation.environment import write_results
+    from qwen_longctx.evaluation.files import check_writable
+
+    options = {name: getattr(args, name) for name in _OF_SPEED if getattr(args, name) is not None}
+    if options and args.what != "speed":
+        name = next(iter(options)).replace("_", "-")
+        raise InvalidValue(f"--{name} is an option of bench speed, got bench {args.what}: leave it out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        raise Unsupported("bench needs a CUDA device for the shape of Qwen2.5-7B: add --tiny to try the command here")
+    if device.type == "cpu" and args.what == "mlp":
+        raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
+    if args.output is not None:
+        check_writable(args.output)
+    module = import_module(f"qwen_longctx.bench.{args.what}")
+    lengths = args.lengths or list(module.LENGTHS)
+    check_room(model_config(args.tiny, layers=1 if args.what in ("attention", "mlp") else None), lengths, "bfloat16")
+    done: list[dict[str, Any]] = []
+    for row in module.measure(lengths, device, args.tiny, **options):
+        print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
+        done.append(row)
+        if args.output is not None:
+            write_results(args.output, {"shape": "tiny" if args.tiny else "Qwen2.5-7B", "rows": done})

@@ -1,0 +1,125 @@
+"""Loading what ``--model`` names, with errors of ours for all that can be wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qwen_longctx.errors import DoesNotFit, MissingFile, Refused, Unsupported
+
+
+def load_config(name: str, any_model: bool = False) -> Any:
+    """The config of a checkpoint.
+
+    Parameters
+    ----------
+    name : str
+        Folder or hub name.
+    any_model : bool
+        Take also what is no Qwen.
+
+    Raises
+    ------
+    MissingFile, Unsupported
+    """
+    from transformers import AutoConfig
+
+    with _reading("config", name):
+        config = AutoConfig.from_pretrained(name)
+    if not any_model:
+        from qwen_longctx import patches
+
+        known = [family.module for family in patches.FAMILIES]
+        if config.model_type not in known:
+            raise Unsupported(
+                f"{name} is a model of type {config.model_type!r}: only {', '.join(known)} can be patched. Name another"
+            )
+    return config
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises
+    ------
+    MissingFile
+        There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    with _reading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        encoded = tokenizer("The grass is green.", add_special_tokens=False).input_ids
+    if not encoded:  # transformers 5 makes an empty one where there are no files
+        raise MissingFile(f"{name} holds no tokenizer: put the tokenizer files of the checkpoint into the folder")
+    return tokenizer
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """The model of ``--model``, as ``--dtype`` and ``--device-map`` say, in eval mode.
+
+    Raises
+    ------
+    MissingFile
+        The weights are absent, cut short or incomplete, or do not go where they should.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _reading("weights", args.model):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise MissingFile(
+            f"the weights of {args.model} lack {len(missing)} tensors, {missing[0]} for one: copy the checkpoint anew"
+        )
+    return model.eval()
+
+
+def check_room(config: Any, lengths: list[int], dtype: str) -> None:
+    """Refuse runs that no memory of this machine can hold, before anything is loaded.
+
+    Raises
+    ------
+    DoesNotFit
+        Weights and KV cache of the longest run are larger than all memory of the machine and its GPUs.
+    """
+    import torch
+
+    from qwen_longctx.prefill import memory
+
+    longest = max(lengths)
+    needed = memory.kv_bytes(config, getattr(torch, dtype)) * longest
+    room = _memory_of_the_machine()
+    if needed > room:
+        raise DoesNotFit(
+            f"the KV cache of {longest:,} tokens needs {needed // memory.GIB:,} GiB, and this machine has "
+            f"{room // memory.GIB:,} GiB in all, its GPUs included: ask for fewer tokens"
+        )
+
+
+def _memory_of_the_machine() -> int:
+    import torch
+
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 40
+    return host + sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+
+
+@contextmanager
+def _reading(what: str, name: str) -> Iterator[None]:
+    """Tell in one line what transformers says about files of the user's: anything may be in them, and go wrong."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise MissingFile(
+            f"cannot load the {what} of {name!r}: {reason}. Check the folder or hub name, that the checkpoint is "
+            "whole, and the device"
+        ) from error

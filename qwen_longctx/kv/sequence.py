@@ -1,0 +1,179 @@
+"""The state of one sequence beside its keys and values: what is committed, under which geometry, and what it cost.
+
+It lives on the cache of the sequence, whatever kind of cache that is, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen_longctx.errors import PatchConflict
+from qwen_longctx.sparsity.record import SparseState
+
+_ATTRIBUTE = "qwen_longctx"
+
+
+@dataclass
+class Sequence:
+    """What is known of a sequence beside its keys and values.
+
+    Attributes
+    ----------
+    length : int
+        Tokens that every layer holds since the last call that came to its end: the committed length.
+    geometry : tuple of int, optional
+        Chunk size and local size under which the keys were rotated; None while the cache is empty.
+    shifts : frozenset of int
+        What the caller's position ids of each row count more than the tokens of the row, see `layout.Call`.
+    announced : int
+        Length of the prompt that `generate` is about to pass, which may bring drafts along in its first call; 0 if
+        nothing is announced.
+    settings : LongContextConfig, optional
+        Settings of the `generate` in progress, which reads them once.
+    sparse : SparseState
+        Budgets and records of sparse prefill.
+    broken : str
+        Why the cache cannot be continued; empty if it can.
+    prefill_tokens, prefill_seconds, peak_memory_bytes
+        Cost of the prefills of the sequence.
+    """
+
+    length: int = 0
+    geometry: tuple[int, int] | None = None
+    shifts: frozenset[int] = frozenset({0})
+    announced: int = 0
+    settings: Any = None
+    sparse: SparseState = field(default_factory=SparseState)
+    broken: str = ""
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+def sequence_of(cache: Any) -> Sequence:
+    """The state of the sequence in any cache; one is put there if there is none yet."""
+    found = getattr(cache, _ATTRIBUTE, None)
+    if found is None:
+        found = Sequence()
+        setattr(cache, _ATTRIBUTE, found)
+    return found
+
+
+def held_tokens(cache: Any) -> int:
+    """Tokens in any transformers cache, or 0 without one."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def open_cache(cache: Any, geometry: tuple[int, int]) -> Sequence:
+    """Make sure that a cache can be continued, and return the state of its sequence.
+
+    Layers of unequal length are what an interrupted call left: they are rolled back to the committed length. A cache
+    that was cropped is taken as it is.
+
+    Parameters
+    ----------
+    cache : transformers Cache
+    geometry : tuple of int
+        Chunk size and local size of the run that is about to start.
+
+    Raises
+    ------
+    PatchConflict
+        The cache is of another geometry, holds keys that this patch did not rotate, or cannot be rolled back.
+    """
+    state = sequence_of(cache)
+    lengths = _lengths(cache)
+    held = lengths[0] if lengths else 0
+    if any(length != held for length in lengths):
+        roll_back(cache, min(state.length, *lengths))
+        held = held_tokens(cache)
+    if held == 0:
+        forget(cache)
+        return state
+    if state.broken:
+        raise PatchConflict(f"the cache cannot be continued: {state.broken}. Start again with a new cache")
+    if held < state.length:
+        state.length = held
+    stride = geometry[0] - geometry[1]
+    if held > state.length and held > stride:
+        raise PatchConflict(
+            f"the cache holds {held} tokens, {held - state.length} of which this patch did not write: beyond the first "
+            f"chunk of {stride} tokens their keys are rotated otherwise. Prefill the prompt again with a new cache"
+        )
+    if state.length and state.geometry is not None and state.geometry != geometry:
+        raise PatchConflict(
+            f"the cache was filled with chunk_size={state.geometry[0]}, local_size={state.geometry[1]}, this run has "
+            f"chunk_size={geometry[0]}, local_size={geometry[1]}: patch with the same values, or start with a new cache"
+        )
+    return state
+
+
+def forget(cache: Any) -> None:
+    """Note that a cache is empty; an announcement and settings of a generate in progress stay."""
+    state = sequence_of(cache)
+    if state.length or state.geometry or state.broken:
+        state.length, state.geometry, state.shifts, state.broken = 0, None, frozenset({0}), ""
+        state.sparse = SparseState()
+
+
+@contextmanager
+def transaction(cache: Any, geometry: tuple[int, int], shifts: frozenset[int]) -> Iterator[None]:
+    """Commit what the block appends to `cache`; roll everything back if it fails or is interrupted.
+
+    Parameters
+    ----------
+    cache : transformers Cache
+    geometry : tuple of int
+        Chunk size and local size of the run.
+    shifts : frozenset of int
+        Of the position ids of the run.
+    """
+    state, before = sequence_of(cache), held_tokens(cache)
+    sparse = state.sparse.snapshot()
+    try:
+        yield
+    except BaseException:
+        state.sparse.restore(sparse)
+        roll_back(cache, before)
+        raise
+    state.length = held_tokens(cache)
+    if state.length:
+        state.geometry, state.announced = geometry, 0
+        state.shifts = state.shifts | shifts if before else shifts
+
+
+def roll_back(cache: Any, length: int) -> None:
+    """Cut every layer of `cache` to `length` tokens; where that cannot be done, note that the cache is broken."""
+    state = sequence_of(cache)
+    for layer in getattr(cache, "layers", ()):
+        if _length(layer) == length:
+            continue
+        if hasattr(layer, "truncate"):
+            layer.truncate(length)
+        elif type(layer).update is _plain_update(layer) and getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        elif length == 0:
+            layer.reset()
+        if _length(layer) != length:
+            state.broken = f"a call was interrupted, and {type(layer).__name__} cannot give its tokens back"
+    state.length = min(state.length, length)
+
+
+def _plain_update(layer: Any) -> Any:
+    """The update of layers that hold nothing but the tensors `keys` and `values`."""
+    from transformers.cache_utils import DynamicLayer
+
+    return DynamicLayer.update if isinstance(layer, DynamicLayer) else None
+
+
+def _lengths(cache: Any) -> list[int]:
+    """Tokens of every layer that has been filled or could be."""
+    layers = getattr(cache, "layers", None)
+    return [held_tokens(cache)] if layers is None else [_length(layer) for layer in layers]
+
+
+def _length(layer: Any) -> int:
+    return int(layer.get_seq_length())

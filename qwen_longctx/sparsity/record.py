@@ -1,0 +1,146 @@
+"""What sparse prefill kept of one sequence, and the budgets that its next span starts with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen_longctx.sparsity.budgets import HeadBudgets
+
+_TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
+
+
+@dataclass(frozen=True)
+class SpanRecord:
+    """What one span of one layer kept.
+
+    Attributes
+    ----------
+    layer, start, stop : int
+        Layer, and positions of the queries.
+    kernel : str
+    recall : torch.Tensor
+        Shape (batch, heads): share of the dense attention that the kept keys hold, mean over the last queries.
+    kept : torch.Tensor
+        Blocks kept, over all rows, heads and tiles; columns counted by their share of a block.
+    pairs : int
+        Blocks seen, counted in the same way.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    kernel: str
+    recall: torch.Tensor
+    kept: torch.Tensor
+    pairs: int
+
+
+class DenseRecord(NamedTuple):
+    """A span of one layer that attended to everything, because it was short or the end of its prompt."""
+
+    layer: int
+    start: int
+    stop: int
+    pairs: int  # as in `SpanRecord`; all of them kept
+
+
+class SparseState:
+    """Budgets and records of one sequence. Lives on its cache.
+
+    Under tensor parallelism every process has a state of its own, of the heads that it holds: budgets, recall and
+    density are those of the local heads.
+
+    Attributes
+    ----------
+    budgets : dict
+        By rule and layer: budgets of the heads for the next span.
+    records : list of SpanRecord
+    dense : list of DenseRecord
+        The other spans of the prompts that were prefilled sparsely.
+    head_budgets : HeadBudgets, optional
+        The checkpoint's, of the local heads, read once a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.budgets: dict[tuple[str, int], torch.Tensor] = {}
+        self.records: list[SpanRecord] = []
+        self.dense: list[DenseRecord] = []
+        self.head_budgets: HeadBudgets | None = None
+        self.budgets_asked: Any = None  # for which `head_budgets` is the answer
+        self._checked = 0
+
+    def snapshot(self) -> Any:
+        """This state, for `restore`. Costs no copy of a tensor: budgets and records are replaced, never changed."""
+        return {**vars(self), "budgets": dict(self.budgets), "records": list(self.records), "dense": list(self.dense)}
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back to what `snapshot` returned; the snapshot can be used again."""
+        vars(self).update(snapshot)
+        self.budgets, self.records, self.dense = dict(self.budgets), list(self.records), list(self.dense)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the spans that lie beyond the first `tokens` positions; one that lies on the border stays."""
+        dropped = sum(record.start >= tokens for record in self.records[: self._checked])
+        self.records = [record for record in self.records if record.start < tokens]
+        self.dense = [record for record in self.dense if record.start < tokens]
+        self._checked -= dropped
+
+    def check(self) -> None:
+        """Stop a run whose kept keys weigh more than all keys do: a kernel or mask is broken.
+
+        Raises
+        ------
+        RuntimeError
+            Recall above 1.001 or not a number, since the last check. One transfer to the host.
+        """
+        fresh = self.records[self._checked :]
+        self._checked = len(self.records)
+        if not fresh:
+            return
+        device = fresh[0].recall.device
+        # max() hands a NaN on
+        worst = torch.stack([record.recall.max().to(device) for record in fresh]).tolist()
+        for record, recall in zip(fresh, worst, strict=True):
+            if not recall <= 1 + _TOO_MUCH_RECALL:
+                raise RuntimeError(
+                    f"sparse prefill of layer {record.layer}, tokens {record.start} to {record.stop}, recalls "
+                    f"{recall:.4f} of the dense attention with kernel {record.kernel!r}: the kernel is wrong here, or "
+                    'activations are not finite. Run with sparse="off" or another kernel, and report this'
+                )
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Density of every sparse layer, and its recall: mean over spans, rows and heads, and that of the worst head.
+
+        Empty if no span was sparse.
+        """
+        records: dict[int, list[SpanRecord]] = defaultdict(list)
+        for record in self.records:
+            records[record.layer].append(record)
+        return [{"layer": n, **_summary(records[n], self._dense_pairs(n))} for n in sorted(records)]
+
+    def density(self) -> float:
+        """Blocks kept among blocks seen, over all layers of the prompts prefilled sparsely; 1 if nothing was sparse."""
+        return _density(self.records, self._dense_pairs())
+
+    def _dense_pairs(self, layer: int | None = None) -> int:
+        return sum(record.pairs for record in self.dense if layer in (None, record.layer))
+
+
+def _summary(records: list[SpanRecord], dense_pairs: int) -> dict[str, float]:
+    heads = torch.stack([record.recall.mean(dim=0).cpu() for record in records]).mean(dim=0)
+    return {
+        "density": _density(records, dense_pairs),
+        "recall": float(heads.mean()),
+        "lowest_recall": float(heads.min()),
+    }
+
+
+def _density(records: list[SpanRecord], dense_pairs: int) -> float:
+    if not records:
+        return 1.0
+    kept = sum(float(record.kept) for record in records)
+    return (kept + dense_pairs) / (sum(record.pairs for record in records) + dense_pairs)

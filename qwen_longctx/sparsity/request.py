@@ -1,0 +1,200 @@
+"""Whether a forward is prefilled sparsely, and what is asked of it then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from qwen_longctx import ops
+from qwen_longctx.checkpoint import Heads, head_dim
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.geometry.positions import Span
+from qwen_longctx.geometry.tiles import Tiles, pairs_of
+from qwen_longctx.sparsity import budgets
+from qwen_longctx.sparsity.observer import NOBODY, Observer
+from qwen_longctx.sparsity.record import DenseRecord, SpanRecord, SparseState
+from qwen_longctx.sparsity.rules import RULES
+from qwen_longctx.sparsity.rules.rule import Rule
+from qwen_longctx.sparsity.steering import steer
+from qwen_longctx.sparsity.view import Prompt
+
+logger = logging.getLogger(__name__)
+
+_DENSE_TILES = 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the sparse prefill of one forward.
+
+    Parameters
+    ----------
+    name : str
+        Of the rule.
+    rule : Rule
+    settings : LongContextConfig
+    prompt : Prompt
+        What the rule may know of the prompt.
+    state : SparseState
+        Of the sequence.
+    observer : Observer
+        Is told what the forward does.
+    """
+
+    name: str
+    rule: Rule
+    settings: LongContextConfig
+    prompt: Prompt
+    state: SparseState
+    observer: Observer = NOBODY
+    _tiles: dict[tuple[Span, torch.device], Tiles] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def dense_end(self) -> int:
+        """Tokens at the end of a prompt, where the question stands, that attend to everything."""
+        return _DENSE_TILES * self.settings.tile
+
+    def takes(self, span: Span, dense_from: int) -> bool:
+        """Whether a span is prefilled sparsely: a tile or more, not the prompt's end, with keys from position 0 on."""
+        long = span.stop - span.start >= self.settings.tile
+        return long and span.start < dense_from and span.segments[-1].key_start == 0
+
+    def tiles(self, span: Span, device: torch.device) -> Tiles:
+        """The tiles of a span, worked out once for all layers of a device."""
+        key = span, device
+        if key not in self._tiles:
+            self._tiles[key] = Tiles.of(span, self.settings.tile, device)
+        return self._tiles[key]
+
+    @property
+    def recall_target(self) -> float | None:
+        """Recall to steer towards; None where budgets are fixed."""
+        own = None if self.prompt.options.fixed else self.rule.recall_target
+        return self.settings.recall_target or own
+
+    def budget(self, layer: int) -> torch.Tensor | None:
+        """Budgets of a layer's heads for the next span, shape (heads,), float32; None where there are none yet."""
+        # budgets that an earlier prompt steered do not hold where nothing is steered
+        return None if self.recall_target is None else self.state.budgets.get((self.name, layer))
+
+    def observe(self, record: SpanRecord, budget: torch.Tensor) -> None:
+        """Note what a span kept and recalled, and steer the layer's budgets by it."""
+        self.state.records.append(record)
+        if self.recall_target is not None:
+            budget = steer(budget, record.recall, self.recall_target, self.rule)
+        self.state.budgets[self.name, record.layer] = budget
+
+    def observe_dense(self, layer: int, span: Span, lists: int) -> None:
+        """Note a span that was prefilled densely, of so many rows times heads."""
+        pairs = pairs_of(span, self.settings.tile) * lists
+        self.state.dense.append(DenseRecord(layer, span.start, span.stop, pairs))
+
+
+def plan_request(
+    settings: LongContextConfig,
+    model_config: Any,
+    *,
+    heads: Callable[[], Heads],
+    device: torch.device,
+    dtype: torch.dtype,
+    state: SparseState,
+    length: int,
+    observer: Observer | None = None,
+) -> Request | None:
+    """The sparse prefill of one forward; None where it is dense. Says once that sparse prefill is on.
+
+    Parameters
+    ----------
+    settings : LongContextConfig
+    model_config : transformers.PretrainedConfig
+    heads : callable
+        ``heads()``: those of this process; asked only where the answer matters.
+    device, dtype
+        Of the queries.
+    state : SparseState
+        Of the sequence.
+    length : int
+        Length of the whole prompt in tokens, what is cached included.
+    observer : Observer, optional
+
+    Raises
+    ------
+    ValueError
+        The kernel asked for does not run here, or the budgets of vertical-slash do not fit the model.
+    FileNotFoundError
+        There are no such budgets.
+    """
+    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
+        return None
+    name = rule_name(settings, device, dtype, head_dim(model_config))
+    if name is None:
+        return None
+    request = make_request(name, settings, model_config, heads(), state, length, observer)
+    _warn_once(
+        f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
+        'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
+    )
+    return request
+
+
+def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The rule that `settings` ask for on queries of this kind; None is dense.
+
+    "auto" is block scores where a fast kernel takes block lists, else dense: it gives way, and never fails.
+
+    Raises
+    ------
+    ValueError
+        A rule is asked for, and the kernel that is asked for too does not run here.
+    """
+    if settings.sparse == "off":
+        return None
+    kind = device, dtype, head_dim, settings.tile
+    if settings.sparse != "auto":
+        ops.list_kernel(settings.kernel, *kind)
+        return settings.sparse
+    if settings.kernel == "sdpa" or not settings.tile_fits:
+        return None
+    try:
+        kernel = ops.list_kernel(settings.kernel, *kind)
+    except ValueError:
+        return None
+    return None if kernel == "reference" else "block_scores"
+
+
+def make_request(
+    name: str,
+    settings: LongContextConfig,
+    model_config: Any,
+    heads: Heads,
+    state: SparseState,
+    length: int,
+    observer: Observer | None = None,
+) -> Request:
+    """The request of the rule called `name`. Arguments and errors as in `plan_request`."""
+    rule = RULES[name]
+    head_budgets = _head_budgets(settings, model_config, heads, state) if rule.needs_budgets else None
+    times = length / settings.original_max_position_embeddings
+    prompt = Prompt(settings.options(name), times, settings.last_q, head_budgets)
+    return Request(name, rule, settings, prompt, state, observer or NOBODY)
+
+
+def _head_budgets(
+    settings: LongContextConfig, model_config: Any, heads: Heads, state: SparseState
+) -> budgets.HeadBudgets:
+    """The checkpoint's budgets of this process's heads, read once a sequence."""
+    asked = settings.sparse_attention_config, heads
+    if state.head_budgets is None or state.budgets_asked != asked:
+        every = budgets.of_checkpoint(model_config, settings.sparse_attention_config)
+        state.head_budgets, state.budgets_asked = every.part(heads.first, heads.query), asked
+    return state.head_budgets
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,306 @@
+"""README and docs: links resolve, blocks compile, commands exist, and figures are those of the results files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from qwen_longctx import LongContextConfig
+from qwen_longctx.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+OURS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*OURS, ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md"]
+PRIVATE_WORDS = re.compile(r"\b(meets|mine|turned)\b", re.IGNORECASE)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+documents = pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
+
+
+def prose(path: Path) -> str:
+    """A document without its fenced blocks and inline code, which hold no links or headings."""
+    return re.sub(r"`[^`\n]*`", "code", FENCE.sub("", path.read_text()))
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    return [text for name, text in FENCE.findall(path.read_text()) if name == language]
+
+
+def tables(path: Path) -> list[list[list[str]]]:
+    """Every table of a document: rows of cells, without the rule below the head."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|\n)+", path.read_text(), re.MULTILINE):
+        rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def rows_of(*names: str) -> list[dict]:
+    return [row for name in names for row in json.loads((RESULTS / name).read_text())["rows"]]
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").removesuffix("%").strip())
+
+
+def agrees(cell: str, value: float) -> bool:
+    """Whether a cell is `value`, rounded to the digits that the cell shows; a percentage stands for a share."""
+    shown = re.sub(r"[^\d.]", "", cell)
+    exact = value * 100 if cell.endswith("%") else value
+    digits = len(shown.partition(".")[2])
+    return abs(number(cell) - exact) <= 0.5 * 10**-digits + 1e-9
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_anchors_resolve(path):
+    for target in LINK.findall(prose(path)):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith("https://"), target
+            continue
+        name, _, anchor = target.partition("#")
+        place = (path.parent / name).resolve() if name else path
+        assert place.exists(), f"{path.name} links to {target}, which does not exist"
+        assert ROOT in (place, *place.parents), f"{path.name} links to {target}, outside of the repository"
+        if anchor:
+            assert anchor in anchors(place), f"{path.name} links to {target}: no heading has this anchor"
+
+
+def test_docs_are_reachable_from_the_readme():
+    reached = {(ROOT / target.partition("#")[0]).resolve() for target in LINK.findall(prose(README))}
+    assert {path for path in OURS if path != README} <= reached
+
+
+def test_readme_is_short():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    assert sum(line.startswith("![") for line in lines) == 1
+
+
+@documents
+def test_no_private_words(path):
+    assert not PRIVATE_WORDS.findall(path.read_text())
+
+
+@documents
+def test_python_blocks_compile(path):
+    for text in fenced(path, "python"):
+        compile(text, path.name, "exec")
+
+
+@documents
+def test_fences_are_closed(path):
+    assert sum(line.startswith("```") for line in path.read_text().splitlines()) % 2 == 0
+
+
+def help_of(words: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0, f"qwen-longctx {' '.join(words)} is no command"
+    return capsys.readouterr().out
+
+
+def shown_commands(path: Path) -> list[list[str]]:
+    """Arguments of every ``qwen-longctx NAME …`` in shell blocks and inline code."""
+    text = path.read_text()
+    lines = [line for name, block in FENCE.findall(text) if name == "bash" for line in block.splitlines()]
+    lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
+    calls = [shlex.split(line.partition("qwen-longctx ")[2]) for line in lines if "qwen-longctx " in line]
+    return [call for call in calls if call[0] != "NAME"]
+
+
+@pytest.mark.parametrize("path", [*OURS, ROOT / "benchmarks" / "README.md"], ids=lambda path: path.parent.name)
+def test_commands_and_options_exist(path, capsys):
+    commands = re.search(r"\{([\w,-]+)\}", help_of([], capsys)).group(1).split(",")
+    for call in shown_commands(path):
+        assert call[0] in commands, f"{path.name} shows qwen-longctx {call[0]}"
+        known = set(re.findall(r"--[\w-]+", help_of(call[:1], capsys)))
+        options = {word for word in call[1:] if word.startswith("--")}
+        assert options <= known, f"{path.name} shows qwen-longctx {call[0]} with {options - known}"
+
+
+def test_command_line_page_is_complete(capsys):
+    """Every command has its section, and every option is named there or among the shared ones."""
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    head, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    by_name = {section.partition("\n")[0]: section for section in sections}
+    commands = re.search(r"\{([\w,-]+)\}", help_of([], capsys)).group(1).split(",")
+    assert sorted(by_name) == sorted(commands)
+    for name in commands:
+        known = set(re.findall(r"--[\w-]+", help_of([name], capsys))) - {"--help"}
+        missing = {option for option in known if option not in by_name[name] and f"`{option}`" not in head}
+        assert not missing, f"docs/command-line.md, {name}: {missing}"
+
+
+def test_settings_page_has_every_setting_and_default():
+    rows = {row[0].strip("`"): row for table in tables(ROOT / "docs" / "settings.md") for row in table[1:]}
+    settings = {field.name: field.default for field in fields(LongContextConfig)}
+    shown = {name: row[1] for name, row in rows.items() if len(row) == 3}
+    assert set(shown) == set(settings)
+    for name, default in settings.items():
+        if isinstance(default, (bool, int, str)):
+            assert json.dumps(default) in shown[name] or f"`{default}`" in shown[name], (name, default)
+
+
+SPEED_ROWS = {
+    "stock transformers, SDPA": "stock_seconds",
+    "patched, dense": "dense_seconds",
+    "dense, exact": "dense_seconds",
+    "patched, sparse": "sparse_seconds",
+    "sparse": "sparse_seconds",
+    "dense over sparse": "dense_over_sparse",
+    "blocks kept by sparse": "density",
+    "blocks kept": "density",
+    "selection, of the time": "selection_share",
+}
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "performance.md"], ids=lambda path: path.name)
+def test_speed_figures(path):
+    measured = {row["tokens"]: row for row in rows_of("speed_h200.json")}
+    earlier = {row["tokens"]: row for row in rows_of("speed.json")}
+    (table,) = (t for t in tables(path) if t[0][0] == "tokens" and any(row[0] == "dense over sparse" for row in t))
+    lengths = [int(number(cell)) for cell in table[0][1:]]
+    assert sorted(measured) == lengths
+    checked = 0
+    for label, *cells in table[1:]:
+        source, key = measured, SPEED_ROWS.get(label)
+        if label.startswith("sparse on an H100"):
+            source, key = earlier, "sparse_seconds"
+        elif label == "its blocks kept":
+            source, key = earlier, "density"
+        assert key is not None, label
+        for tokens, cell in zip(lengths, cells, strict=True):
+            assert bool(cell) == (key in source[tokens]), (label, tokens)
+            if cell:
+                assert agrees(cell, source[tokens][key]), (label, tokens, cell, source[tokens][key])
+                checked += 1
+    assert checked >= 28
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "performance.md"], ids=lambda path: path.name)
+def test_projected_figures_are_marked(path):
+    measured = {row["tokens"]: row for row in rows_of("speed_h200.json")}
+    projected = ["projected" in measured[tokens]["dense_is"] for tokens in sorted(measured)]
+    lines = re.findall(
+        r"^\| (?:dense over sparse|patched, dense|dense, exact) \|(.*)\|$", path.read_text(), re.MULTILINE
+    )
+    marked = [[cell.strip().endswith("*") for cell in line.split("|")] for line in lines]
+    assert [row for row in marked if len(row) == len(projected)] == [projected] * 2
+
+
+def test_quality_figures():
+    rows = rows_of(
+        "quality.json",
+        "quality_middle.json",
+        "quality_524288.json",
+        "quality_524288_torch.json",
+        "quality_1000000.json",
+    )
+    measured = {(row["tokens"], row["package"], row["variant"]): row for row in rows}
+    (table,) = (t for t in tables(ROOT / "docs" / "sparse-prefill.md") if "dense NLL" in t[0])
+    tokens = 0
+    for length, package, dense, nll, agreement, kl, density, recall, _ in table[1:]:
+        tokens = int(number(length)) if length else tokens
+        row = measured[tokens, package, "block_scores"]
+        assert agrees(dense, measured[tokens, package, "dense"]["nll"]), (tokens, package)
+        mean, worst = recall.split(", ")
+        for cell, key in (
+            (nll, "nll"),
+            (agreement, "agreement"),
+            (kl, "kl"),
+            (density, "density"),
+            (mean, "recall"),
+            (worst, "lowest_recall"),
+        ):
+            assert agrees(cell, row[key]), (tokens, package, key, cell, row[key])
+    assert len(table) == 17
+
+
+def test_passkey_figures():
+    (table,) = (t for t in tables(ROOT / "docs" / "performance.md") if any(row[0] == "patched, sparse" for row in t))
+    files = {
+        "stock transformers": ["passkey_unpatched.json"],
+        "patched, dense": ["passkey_262144.json", "passkey_524288.json", "passkey_1000000.json"],
+        "patched, sparse": ["passkey_sparse.json", "passkey_sparse_1000000.json"],
+    }
+    for label, *cells in table[1:]:
+        answers: dict[int, list[bool]] = {}
+        for name in files[label]:
+            for record in json.loads((RESULTS / name).read_text())["records"]:
+                answers.setdefault(record["length"], []).append(record["correct"])
+        for length, cell in zip(table[0][1:], cells, strict=True):
+            correct = answers.get(int(number(length)))
+            assert cell == (f"{sum(correct)}/{len(correct)}" if correct else ""), (label, length)
+
+
+def test_stock_figures():
+    measured = {row["tokens"]: row for row in rows_of("stock_h200.json")}
+    (table,) = (
+        t for t in tables(ROOT / "docs" / "performance.md") if t[0][1:] == ["4,096", "8,192", "16,384", "32,768"]
+    )
+    for key, (_, *cells) in zip(("prefill_ratio", "decode_ratio", "decode_again_ratio"), table[1:], strict=True):
+        for length, cell in zip(table[0][1:], cells, strict=True):
+            assert agrees(cell, measured[int(number(length))][key]), (key, length)
+
+
+def test_breakdown_figures():
+    (longest,) = (row for row in rows_of("speed_h200.json") if row["tokens"] == 1_000_000)
+    parts = longest["sparse_breakdown_seconds"]
+    (table,) = (t for t in tables(ROOT / "docs" / "performance.md") if t[0] == ["part", "seconds"])
+    keys = ("linear", "attention", "selection", "recall", "merge", "rest")
+    for key, (_, cell) in zip(keys, table[1:], strict=True):
+        assert agrees(cell, parts[key]), key
+    assert agrees("71.2", longest["sparse_peak_allocated_bytes"] / 2**30)
+
+
+def test_dense_figures():
+    """The figures that stand in sentences: changed in the file, they must be changed in the documents."""
+    (headline,) = rows_of("headline.json")
+    assert agrees("361", headline["prefill_seconds"])
+    assert agrees("0.055", headline["decode_seconds_per_token"])
+    assert agrees("70.0", headline["peak_allocated_bytes"] / 2**30)
+    assert agrees("70.5", headline["peak_reserved_bytes"] / 2**30)
+    short, long = rows_of("attention.json")
+    for row, figures in ((short, ("589", "594", "99 %")), (long, ("592", "606", "98 %"))):
+        for cell, key in zip(figures, ("ours_tflops", "raw_cudnn_tflops", "share_of_raw"), strict=True):
+            assert agrees(cell, row[key]), key
+    (mlp,) = rows_of("mlp.json")
+    assert agrees("98.3 %", mlp["cut_of_intermediate_activations"])
+    assert agrees("96.9 %", mlp["cut_in_chunked_prefill"])
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for figure in ("361 s", "0.055 s", "70.0 GiB", "70.5 GiB", "589 of 594", "592 of 606", "98.3 %", "96.9 %"):
+        assert figure in text, figure
+
+
+def test_demo_figures():
+    measured = {row["tokens"]: row for row in rows_of("demo.json")}
+    shown = re.findall(r"^ +([\d,]+) +\d+x +(\d+) +(\d+)% +(\d+)%$", README.read_text(), re.MULTILINE)
+    (table,) = (
+        t for t in tables(ROOT / "docs" / "performance.md") if t[0] == ["tokens", "prompts", "stock", "patched"]
+    )
+    page = [tuple(cell.removesuffix(" %") for cell in row) for row in table[1:]]
+    assert shown == page and len(shown) == len(measured)
+    for tokens, prompts, unpatched, patched in shown:
+        row = measured[int(number(tokens))]
+        assert (int(prompts), int(unpatched), int(patched)) == (
+            row["prompts"],
+            round(100 * row["unpatched"]),
+            round(100 * row["patched"]),
+        )
