@@ -16,12 +16,20 @@ _DEFAULT = LongContextConfig.mlp_chunk_size
 def mlp_forward(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
     """The stock MLP on `mlp_chunk_size` tokens at a time; `x` of shape (..., tokens, hidden)."""
     size = patched.overrides.get("mlp_chunk_size", _DEFAULT)
-    if x.shape[-2] <= size or torch.is_grad_enabled():
+    if x.shape[-2] <= size or _needs_gradients(self, x):
         return patched.stock(self, x)
-    out = torch.empty_like(x)
-    for part, target in zip(x.split(size, dim=-2), out.split(size, dim=-2), strict=True):
-        target.copy_(_slice(patched, self, part))
+    out: torch.Tensor | None = None
+    for start in range(0, x.shape[-2], size):
+        part = _slice(patched, self, x[..., start : start + size, :])
+        if out is None:  # under autocast of another dtype than `x`
+            out = part.new_empty(x.shape)
+        out[..., start : start + size, :] = part
+    assert out is not None
     return out
+
+
+def _needs_gradients(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
 def _slice(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -147,24 +147,21 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     cache = arguments.get("past_key_values")
     check_cache_type(cache)
     settings = settings_of(patched, model.config, cache)
+    state = None if cache is None else open_cache(cache, (settings.chunk_size, settings.local_size))
     check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
         mode = "train"
     if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
         cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0)
-    known, announced = frozenset({0}), 0
-    if cache is not None:
-        state = open_cache(cache, (settings.chunk_size, settings.local_size))
-        known, announced = state.shifts, state.announced
     call = read_call(
         padding_mask(arguments.get("attention_mask")),
         arguments.get("position_ids"),
         batch=inputs.shape[0],
         tokens=inputs.shape[1],
         cached=held_tokens(cache),
-        known_shifts=known,
-        announced=announced,
+        known_shifts=frozenset() if state is None else state.shifts,
+        announced=0 if state is None else state.announced,
     )
     check_ids(inputs, base.config.vocab_size, mode)
     weights = _asked(model.config, arguments, "output_attentions")

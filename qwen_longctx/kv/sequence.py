@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from qwen_longctx.errors import PatchConflict
 from qwen_longctx.sparsity.record import SparseState
 
@@ -153,8 +155,10 @@ def roll_back(cache: Any, length: int) -> None:
             continue
         if hasattr(layer, "truncate"):
             layer.truncate(length)
-        elif type(layer).update is _plain_update(layer) and getattr(layer, "keys", None) is not None:
+        elif _is_plain(layer) and getattr(layer, "keys", None) is not None:
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        elif type(layer).__name__.endswith("StaticLayer"):
+            _roll_back_static(layer, length)
         elif length == 0:
             layer.reset()
         if _length(layer) != length:
@@ -162,11 +166,20 @@ def roll_back(cache: Any, length: int) -> None:
     state.length = min(state.length, length)
 
 
-def _plain_update(layer: Any) -> Any:
-    """The update of layers that hold nothing but the tensors `keys` and `values`."""
+def _roll_back_static(layer: Any, length: int) -> None:
+    """Give back the tokens of a layer that writes in place and counts in a tensor, or by what is not 0."""
+    if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+        layer.cumulative_length.fill_(length)
+    else:
+        layer.keys[..., length:, :] = 0
+        layer.values[..., length:, :] = 0
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer holds nothing but the tensors `keys` and `values`, also where it is guarded."""
     from transformers.cache_utils import DynamicLayer
 
-    return DynamicLayer.update if isinstance(layer, DynamicLayer) else None
+    return getattr(layer, "guarded", type(layer)).update is DynamicLayer.update
 
 
 def _lengths(cache: Any) -> list[int]:

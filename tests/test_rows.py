@@ -1,0 +1,120 @@
+"""Rows of unequal length: each is the row alone, whatever padding stands before or behind it and whoever counts positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2ForSequenceClassification, Qwen2ForTokenClassification, Qwen2Model
+
+from definition import dense_model
+from helpers import FAMILIES, GEOMETRY, tiny_model
+from qwen_longctx import LongContextCache, patch_qwen
+from qwen_longctx.errors import InvalidValue
+
+CHUNK, LOCAL = GEOMETRY["chunk_size"], GEOMETRY["local_size"]
+LENGTHS = [200, 100, 1, 64]
+
+
+def batch(lengths: list[int], side: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows without padding, and the padded batch with its mask."""
+    torch.manual_seed(0)
+    rows = [torch.randint(1, 97, (n,)) for n in lengths]
+    width = max(lengths)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[number, at], mask[number, at] = row, 1
+    return rows, ids, mask
+
+
+def of_row(values: torch.Tensor, tokens: int, side: str) -> torch.Tensor:
+    """The part of a padded row's values, shape (width, ...), that belongs to its tokens."""
+    return values[:tokens] if side == "right" else values[len(values) - tokens :]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["none", "of generate", "one row for all"])
+@pytest.mark.parametrize("size", [1000, 30])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone(family, side, positions, size):
+    """Temperature, chunk borders and positions come from the mask; logits are those of the definition."""
+    model = patch_qwen(
+        tiny_model(family, dtype=torch.float64), prefill_chunk_size=size, original_max_position_embeddings=20
+    )
+    rows, ids, mask = batch(LENGTHS, side)
+    given = {}
+    if positions == "of generate":
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if positions == "one row for all":
+        given["position_ids"] = torch.arange(ids.shape[1])[None]
+    logits = model(ids, attention_mask=mask, **given).logits
+    for number, row in enumerate(rows):
+        alone = model(row[None]).logits[0]
+        torch.testing.assert_close(of_row(logits[number], len(row), side), alone)
+    heat = max(1.0, 0.1 * torch.tensor(100 / 20).log().item() + 1.0) ** 2
+    truth = dense_model(model, rows[1][None], CHUNK, LOCAL, heat)[0]
+    torch.testing.assert_close(of_row(logits[1], 100, side), truth, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [1000, 30])
+@torch.no_grad()
+def test_embedding_models_take_the_mask_alone(side, size):
+    """A base model called by itself with a mask and no positions, as sentence embeddings do, also in chunks."""
+    settings = {"prefill_chunk_size": size, "original_max_position_embeddings": 20}
+    model = patch_qwen(Qwen2Model(tiny_model().config).double().eval(), **settings)
+    rows, ids, mask = batch(LENGTHS, side)
+    hidden = model(ids, attention_mask=mask).last_hidden_state
+    for number, row in enumerate(rows):
+        alone = model(row[None]).last_hidden_state[0]
+        torch.testing.assert_close(of_row(hidden[number], len(row), side), alone)
+
+
+@pytest.mark.parametrize("head", [Qwen2ForSequenceClassification, Qwen2ForTokenClassification])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_classification_heads_prefill_in_chunks(head, side):
+    """Other heads reach the base model, which cuts a long prompt itself: the largest forward is one chunk."""
+    model = head(tiny_model(num_labels=3).config).double().eval()
+    patch_qwen(model, prefill_chunk_size=1000)
+    rows, ids, mask = batch(LENGTHS[:2], side)
+    whole = model(ids, attention_mask=mask).logits
+    patch_qwen(model, prefill_chunk_size=30)
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
+    chunked = model(ids, attention_mask=mask).logits
+    assert widths == [30] * 6 + [20]
+    real = slice(None) if head is Qwen2ForSequenceClassification else mask.bool()
+    torch.testing.assert_close(chunked[real], whole[real])
+    if head is Qwen2ForSequenceClassification:
+        torch.testing.assert_close(whole[1:], model(rows[1][None]).logits)
+
+
+@torch.no_grad()
+def test_without_a_mask_every_token_counts():
+    model = patch_qwen(tiny_model(dtype=torch.float64), original_max_position_embeddings=20)
+    _, ids, mask = batch([150, 90], "left")
+    torch.testing.assert_close(model(ids).logits, model(ids, attention_mask=torch.ones_like(mask)).logits)
+    assert not torch.allclose(model(ids).logits[1, -1], model(ids, attention_mask=mask).logits[1, -1])
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_disturbs_nobody():
+    model = patch_qwen(tiny_model(dtype=torch.float64), prefill_chunk_size=30)
+    rows, ids, mask = batch([150, 90], "left")
+    padded = torch.cat((torch.zeros(1, 150, dtype=torch.long), ids))
+    logits = model(padded, attention_mask=torch.cat((torch.zeros_like(mask[:1]), mask))).logits
+    torch.testing.assert_close(logits[1:][mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_right_are_continued_as_themselves():
+    """Further tokens behind right padding would stand apart from their row: refused, and the cache stays usable."""
+    model = patch_qwen(tiny_model(dtype=torch.float64))
+    _, ids, mask = batch([50, 30], "right")
+    cache = LongContextCache()
+    model(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(InvalidValue, match="hides tokens"):
+        model(ids[:, :1], attention_mask=torch.cat((mask, torch.ones(2, 1).long()), 1), past_key_values=cache)
+    assert cache.get_seq_length() == 50
