@@ -23,12 +23,12 @@ def test_short_norms_round_as_the_stock_norm_does(device, dtype, weight_dtype):
     norm = Qwen2RMSNorm(512, 1e-6).to(device, weight_dtype or dtype)
     norm.weight.copy_(torch.randn(512))
     x = (3 * torch.randn(2, 9, 512, device=device)).to(dtype)
-    found, wanted = fused.short_rms_norm(x, norm.weight, 1e-6), norm(x)
-    assert found.dtype == wanted.dtype
+    result, wanted = fused.short_rms_norm(x, norm.weight, 1e-6), norm(x)
+    assert result.dtype == wanted.dtype
     # sums of another order may turn a rounding, one place in the last bit
-    torch.testing.assert_close(found, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(result, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
     if dtype != torch.float32:
-        assert (found != wanted).float().mean() <= 0.01
+        assert (result != wanted).float().mean() <= 0.01
 
 
 def test_a_norm_under_autocast_keeps_its_dtype():
@@ -66,6 +66,6 @@ def test_fused_model_is_the_stock_one(family, dtype, monkeypatch):
         monkeypatch.setattr(fused, name, lambda *a, f=function, n=name: used.append(n) or f(*a))
     monkeypatch.setattr(fused, "_FEWEST", 1)
     with patched_qwen(model, mlp_chunk_size=256):
-        found = model(ids).logits
-    assert (found - wanted).norm() <= 1.5 * (stock - wanted).norm()
+        result = model(ids).logits
+    assert (result - wanted).norm() <= 1.5 * (stock - wanted).norm()
     assert set(used) == {"rms_norm", "silu_mul"}

@@ -459,6 +459,10 @@ def test_budgets_follow_recall_span_by_span():
 # --- the canary ---------------------------------------------------------------------------------------------------
 
 
+def replace_reference(monkeypatch, function):
+    monkeypatch.setitem(ops.ENGINES, "reference", ops.ENGINES["reference"]._replace(function=function))
+
+
 def broken(change):
     def kernel(q, k, v, *, causal, scale, blocks=None):
         return change(*ops.reference(q, k, v, causal=causal, scale=scale, blocks=blocks))
@@ -468,7 +472,7 @@ def broken(change):
 
 def test_a_mask_that_counts_keys_twice_is_caught(monkeypatch):
     """The defect of a kernel window that once cost an engine 82 points: nothing else would tell."""
-    monkeypatch.setitem(ops._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse + 0.01)))
+    replace_reference(monkeypatch, broken(lambda out, lse: (out, lse + 0.01)))
     q, k, v = draw(600)
     _, state, _ = prefill(q, k, v, settings(density=0.9), [300, 600])
     with pytest.raises(RuntimeError, match=r"layer 0, tokens \d+ to \d+, recalls 1\.0.* kernel 'reference'"):
@@ -482,14 +486,14 @@ def test_a_list_with_a_block_twice_is_caught(monkeypatch):
 
     q, k, v = draw(600)
     k[:, :32] *= 4  # the first block of a list outweighs the second, in whose place it is counted again
-    monkeypatch.setitem(ops._LIST_KERNELS, "reference", doubled)
+    replace_reference(monkeypatch, doubled)
     _, state, _ = prefill(q, k, v, settings(density=1.0), [600])
     with pytest.raises(RuntimeError, match="the kernel is wrong here"):
         state.check()
 
 
 def test_nan_is_caught(monkeypatch):
-    monkeypatch.setitem(ops._LIST_KERNELS, "reference", broken(lambda out, lse: (out, lse * torch.nan)))
+    replace_reference(monkeypatch, broken(lambda out, lse: (out, lse * torch.nan)))
     q, k, v = draw(300)
     _, state, _ = prefill(q, k, v, settings(), [300])
     with pytest.raises(RuntimeError, match="recalls nan"):

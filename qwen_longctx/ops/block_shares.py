@@ -1,4 +1,4 @@
-"""Share of attention that each block of keys gets from a tile of queries, judged by means of keys."""
+"""Share of attention that each block of keys gets from a tile of queries, estimated from means of keys."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def block_shares(
     Parameters
     ----------
     q : torch.Tensor
-        Shape (batch, tiles * rows, heads, head_dim): the rows that speak for each tile.
+        Shape (batch, tiles * rows, heads, head_dim): the rows that stand for each tile.
     means : torch.Tensor
         Shape (batch, means, kv_heads, head_dim).
     lse : torch.Tensor
-        Shape (batch, heads, tiles * rows): each row's log-sum-exp over all the means it is judged by.
+        Shape (batch, heads, tiles * rows): each row's log-sum-exp over all the means that it attends to.
     limits : torch.Tensor
-        Shape (tiles * rows,), integer: each row meets this many of the first means.
+        Shape (tiles * rows,), integer: each row attends to this many of the first means.
     rows : int
-        Rows a tile.
+        Rows per tile.
     per_block : int
-        Means a block.
+        Means per block.
     scale : float
 
     Returns
@@ -53,9 +53,9 @@ def block_shares(
     floor = torch.finfo(lse.dtype).min
     parts = []
     for start in range(0, q.shape[1], step):
-        some = slice(start, start + step)
-        logits = row_logits(q[:, some], means, limits[some], scale=scale)
-        shares = torch.exp(logits - lse[:, :, some].clamp(min=floor)[..., None])
+        at = slice(start, start + step)
+        logits = row_logits(q[:, at], means, limits[at], scale=scale)
+        shares = torch.exp(logits - lse[:, :, at].clamp(min=floor)[..., None])
         shares = functional.pad(shares, (0, -means.shape[1] % per_block)).unflatten(3, (-1, per_block)).sum(dim=4)
         parts.append(shares.unflatten(2, (-1, rows)).amax(dim=3))
     return torch.cat(parts, dim=2)
@@ -72,19 +72,19 @@ def block_shares_triton(
     per_block: int,
     scale: float,
 ) -> torch.Tensor:
-    """See `scores.block_shares`. `rows` and `per_block` are powers of two, at most 64."""
+    """See `block_shares`. `rows` and `per_block` are powers of two, at most 64."""
     batch, queries, heads, head_dim = q.shape
     tiles, blocks = queries // rows, triton.cdiv(means.shape[1], per_block)
-    found = torch.zeros((batch, heads, tiles, blocks), dtype=torch.float32, device=q.device)
-    if found.numel() == 0:
-        return found
+    shares = torch.zeros((batch, heads, tiles, blocks), dtype=torch.float32, device=q.device)
+    if shares.numel() == 0:
+        return shares
     grid = (triton.cdiv(queries, ROWS_AT_A_TIME), triton.cdiv(means.shape[1], KEYS_AT_A_TIME), batch * heads)
     _block_shares[grid](
         q,
         means,
         lse.contiguous(),
         limits.to(torch.int32),
-        found,
+        shares,
         *q.stride()[:3],
         *means.stride()[:3],
         queries,
@@ -102,7 +102,7 @@ def block_shares_triton(
         PER_BLOCK=per_block,
         num_warps=4,
     )
-    return found
+    return shares
 
 
 @triton.jit
@@ -141,18 +141,18 @@ def _block_shares(  # type: ignore[no-untyped-def]
     at = column * KEYS + tl.arange(0, KEYS)
     dim = tl.arange(0, DIM)
     inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
-    mine = tl.load(
+    q_rows = tl.load(
         q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
     )
-    some = tl.load(
+    mean_keys = tl.load(
         means + batch * k_batch + (head // group) * k_head + at[None, :].to(tl.int64) * k_token + dim[:, None],
         mask=(at < keys)[None, :] & (dim < HEAD_DIM)[:, None],
         other=0.0,
     )
-    own = tl.load(lse + owner.to(tl.int64) * queries + row, mask=row < queries, other=0.0) * LOG2E
-    logits = tl.dot(mine, some, input_precision="ieee") * scale - own[:, None]
-    met = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
-    share = tl.where(met, tl.exp2(tl.where(met, logits, 0.0)), 0.0)
+    row_lse = tl.load(lse + owner.to(tl.int64) * queries + row, mask=row < queries, other=0.0) * LOG2E
+    logits = tl.dot(q_rows, mean_keys, input_precision="ieee") * scale - row_lse[:, None]
+    seen = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
+    share = tl.where(seen, tl.exp2(tl.where(seen, logits, 0.0)), 0.0)
     share = tl.sum(tl.reshape(share, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
     share = tl.max(tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK)), 1)
     tile = part * (ROWS // PER_TILE) + tl.arange(0, ROWS // PER_TILE)

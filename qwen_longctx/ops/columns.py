@@ -24,15 +24,15 @@ def columns(
     k, v : torch.Tensor
         Shape (batch, heads, columns, head_dim): each query head has columns of its own.
     keep : torch.Tensor
-        Shape (batch, heads, tiles, columns), bool: which columns the tiles of queries meet.
+        Shape (batch, heads, tiles, columns), bool: which columns the tiles of queries attend to.
     size : int
-        Queries a tile.
+        Queries per tile.
     scale : float
 
     Returns
     -------
     out, lse
-        As every kernel gives them; 0 and -inf where a tile keeps no column.
+        As in `ops`; 0 and -inf where a tile keeps no column.
     """
     if uses_triton(q):
         return columns_triton(q, k, v, keep, size=size, scale=scale)
@@ -60,7 +60,7 @@ def _tiles(
 def columns_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, size: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `columns.columns`."""
+    """See `columns`."""
     batch, queries, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -119,7 +119,7 @@ def _columns(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
-    mine = tl.load(
+    q_rows = tl.load(
         q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
     )
     k += owner * keys * HEAD_DIM
@@ -133,16 +133,16 @@ def _columns(  # type: ignore[no-untyped-def]
         at = first + tl.arange(0, KEYS)
         kept = tl.load(keep + tile[:, None] * keys + at[None, :], mask=(at < keys)[None, :], other=0) > 0
         there = (at < keys)[:, None] & (dim < HEAD_DIM)[None, :]
-        some = tl.load(k + at[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0)
-        logits = tl.dot(mine, tl.trans(some), input_precision="ieee") * scale
+        some_keys = tl.load(k + at[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0)
+        logits = tl.dot(q_rows, tl.trans(some_keys), input_precision="ieee") * scale
         logits = tl.where(kept, logits, -float("inf"))
         higher = tl.maximum(most, tl.max(logits, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         share = tl.exp2(logits - safe[:, None])
-        fade = tl.exp2(most - safe)
-        total = total * fade + tl.sum(share, 1)
+        decay = tl.exp2(most - safe)
+        total = total * decay + tl.sum(share, 1)
         values = tl.load(v + at[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0)
-        sums = sums * fade[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee")
+        sums = sums * decay[:, None] + tl.dot(share.to(values.dtype), values, input_precision="ieee")
         most = higher
     some_kept = total > 0
     divisor = tl.where(some_kept, total, 1.0)

@@ -22,7 +22,7 @@ class BlockLists(NamedTuple):
         Shape (batch, heads, tiles, blocks), int32: ascending up to the count, valid but meaningless beyond it. Kernels
         that mask the last, incomplete block only where it is the last of a list rely on the order.
     size : int
-        Tokens a tile of queries and a block of keys.
+        Tokens per tile of queries and per block of keys.
     """
 
     counts: torch.Tensor
@@ -42,7 +42,7 @@ def compact(mask: torch.Tensor, size: int) -> BlockLists:
 
 @on_its_device
 def compact_triton(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `lists.compact`: counts and indices."""
+    """See `compact`: counts and indices."""
     *lead, blocks = mask.shape
     rows = math.prod(lead)
     counts = torch.empty(lead, dtype=torch.int32, device=mask.device)
@@ -59,11 +59,11 @@ def compact_triton(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @triton.jit
 def _compact(mask, counts, indices, blocks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
-    found = 0
+    listed = 0
     for first in range(0, blocks, WIDTH):
         at = first + tl.arange(0, WIDTH)
         kept = tl.load(mask + row * blocks + at, mask=at < blocks, other=0).to(tl.int32)
-        place = found + tl.cumsum(kept, 0) - 1
+        place = listed + tl.cumsum(kept, 0) - 1
         tl.store(indices + row * blocks + place, at, mask=kept > 0)
-        found += tl.sum(kept, 0)
-    tl.store(counts + row, found)
+        listed += tl.sum(kept, 0)
+    tl.store(counts + row, listed)

@@ -105,7 +105,7 @@ def keep_triton(
     sink: int,
     window: int | torch.Tensor,
 ) -> torch.Tensor:
-    """See `sparsity.keep.keep`; `whole` and `visible` are those of its tiles."""
+    """See `keep`; `whole` and `visible` are those of its tiles."""
     batch, heads, tiles, blocks = scores.shape
     kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     amount = amount.to(torch.float32).expand(heads, tiles).contiguous()

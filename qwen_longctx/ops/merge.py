@@ -48,7 +48,7 @@ def _weighted(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: torch
 
 @on_its_device
 def merge_triton(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `merge.merge`, for two to four parts."""
+    """See `merge`, for two to four parts."""
     first = parts[0][0]
     batch, queries, heads, head_dim = first.shape
     out = torch.empty(first.shape, dtype=first.dtype, device=first.device)

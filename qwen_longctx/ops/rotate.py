@@ -33,7 +33,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 @on_its_device
 def rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """See `rotary.rotate`."""
+    """See `rotate`."""
     batch, tokens, heads, head_dim = x.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=x.dtype, device=x.device)
     table = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1) if cos.shape[1] > 1 else 0)

@@ -1,4 +1,4 @@
-"""The log-sum-exp alone: what a few queries would see of all keys, without the values."""
+"""The log-sum-exp alone: attention of a few queries to all keys, without the values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def row_lse(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: fl
     k : torch.Tensor
         Shape (batch, keys, kv_heads, head_dim).
     limits : torch.Tensor
-        Shape (queries,), integer: each query meets this many of the first keys.
+        Shape (queries,), integer: each query attends to this many of the first keys.
     scale : float
 
     Returns
@@ -59,20 +59,20 @@ def row_logits(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale:
 
 @on_its_device
 def row_lse_triton(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """See `lse.row_lse`. Long key ranges are split, so that a few rows fill the device too."""
+    """See `row_lse`. Long key ranges are split, so that a few rows fill the device too."""
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     tiles = triton.cdiv(queries, ROWS_AT_A_TIME)
     splits = max(1, min(triton.cdiv(keys, 4096), _PROGRAMS_WANTED // max(1, tiles * batch * heads)))
     part = triton.cdiv(triton.cdiv(keys, splits), KEYS_AT_A_TIME) * KEYS_AT_A_TIME
-    found = torch.full((splits, batch, heads, queries), -torch.inf, dtype=torch.float32, device=q.device)
+    partial = torch.full((splits, batch, heads, queries), -torch.inf, dtype=torch.float32, device=q.device)
     if keys == 0:
-        return found[0]
+        return partial[0]
     _row_lse[(tiles, batch * heads, splits)](
         q,
         k,
         limits.to(torch.int32),
-        found,
+        partial,
         *q.stride()[:3],
         *k.stride()[:3],
         batch * heads * queries,
@@ -88,7 +88,7 @@ def row_lse_triton(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, sc
         KEYS=KEYS_AT_A_TIME,
         num_warps=4,
     )
-    return found[0] if splits == 1 else torch.logsumexp(found, dim=0)
+    return partial[0] if splits == 1 else torch.logsumexp(partial, dim=0)
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _row_lse(  # type: ignore[no-untyped-def]
     row = tile * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)
     inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
-    mine = tl.load(
+    q_rows = tl.load(
         q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
     )
     limit = tl.load(limits + row, mask=row < queries, other=0)
@@ -131,12 +131,12 @@ def _row_lse(  # type: ignore[no-untyped-def]
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(start, stop, KEYS):
         at = first + tl.arange(0, KEYS)
-        some = tl.load(
+        some_keys = tl.load(
             k + at[None, :].to(tl.int64) * k_token + dim[:, None],
             mask=(at < keys)[None, :] & (dim < HEAD_DIM)[:, None],
             other=0.0,
         )
-        logits = tl.dot(mine, some, input_precision="ieee") * scale
+        logits = tl.dot(q_rows, some_keys, input_precision="ieee") * scale
         logits = tl.where((at[None, :] < limit[:, None]) & (at < stop)[None, :], logits, -float("inf"))
         higher = tl.maximum(most, tl.max(logits, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
