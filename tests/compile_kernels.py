@@ -11,18 +11,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwen_longctx.ops import gpu
+from qwen_longctx.ops.block_shares import _block_shares
+from qwen_longctx.ops.columns import _columns
+from qwen_longctx.ops.compact import _compact
+from qwen_longctx.ops.keep import _keep
+from qwen_longctx.ops.merge import _merge
+from qwen_longctx.ops.rotate import _rotate
+from qwen_longctx.ops.row_lse import _row_lse
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
 KERNELS = [
-    (gpu._row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
     (
-        gpu._block_shares,
+        _block_shares,
         {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
         {**TILE, "PER_TILE": 8, "PER_BLOCK": 4},
     ),
     (
-        gpu._columns,
+        _columns,
         {
             **{name: "*bf16" for name in ("q", "k", "v", "out")},
             **{"keep": "*u8", "lse": "*fp32", "scale": "fp32"},
@@ -30,7 +36,7 @@ KERNELS = [
         TILE,
     ),
     (
-        gpu._merge,
+        _merge,
         {
             **{f"o{i}": "*bf16" for i in range(4)},
             **{f"s{i}": "*fp32" for i in range(4)},
@@ -40,7 +46,7 @@ KERNELS = [
     ),
     *(
         (
-            gpu._keep,
+            _keep,
             {
                 "scores": "*fp32",
                 "kept": "*u8",
@@ -53,11 +59,11 @@ KERNELS = [
         for limited in (False, True)
     ),
     (
-        gpu._rotate,
+        _rotate,
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
     ),
-    (gpu._compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
+    (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 
 for capability in map(int, sys.argv[1:]):

@@ -47,7 +47,7 @@ def block_shares(
     torch.Tensor
         Shape (batch, heads, tiles, ceil(means / per_block)), float32 (float64 for float64 input).
     """
-    if uses_triton(q):
+    if uses_triton(q, means, lse):
         return block_shares_triton(q, means, lse, limits, rows=rows, per_block=per_block, scale=scale)
     step = rows * max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * rows * means.shape[1]))
     floor = torch.finfo(lse.dtype).min

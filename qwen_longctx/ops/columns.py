@@ -34,7 +34,7 @@ def columns(
     out, lse
         As in `ops`; 0 and -inf where a tile keeps no column.
     """
-    if uses_triton(q):
+    if uses_triton(q, k, v):
         return columns_triton(q, k, v, keep, size=size, scale=scale)
     tiles = max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * size * k.shape[2]))
     parts = [

@@ -29,7 +29,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     """
     if len(parts) == 1:
         return parts[0]
-    if len(parts) <= MOST_FUSED and uses_triton(parts[0][0]):
+    if len(parts) <= MOST_FUSED and uses_triton(*(x for part in parts for x in part)):
         return merge_triton(parts)
     lses = torch.stack([lse for _, lse in parts])
     lse = torch.logsumexp(lses, dim=0)

@@ -32,7 +32,7 @@ def row_lse(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: fl
     torch.Tensor
         Shape (batch, heads, queries), float32 (float64 for float64 input); -inf where the limit is 0.
     """
-    if uses_triton(q):
+    if uses_triton(q, k):
         return row_lse_triton(q, k, limits, scale=scale)
     batch, queries, heads, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
