@@ -186,14 +186,18 @@ class OnCuda(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
-def merge_of(q, k):
-    return merge([(q, q[..., 0].transpose(1, 2)), (k, k[..., 0].transpose(1, 2))])
+class Launched(Exception):
+    """A Triton kernel would run."""
+
+
+def launch(*args, **kwargs):
+    raise Launched
 
 
 @pytest.mark.parametrize(
     ("module", "function"),
     [
-        ("merge", lambda q, k: merge_of(q, k)[0]),
+        ("merge", lambda q, k: merge([(x, x[..., 0].transpose(1, 2)) for x in (q, k)])[0]),
         ("columns", lambda q, k: columns(q, k, k, torch.ones(1, 8, 1, 8) > 0, size=8, scale=1.0)[0]),
         ("row_lse", lambda q, k: row_lse(q, k, torch.full((8,), 8), scale=1.0)),
         (
@@ -205,14 +209,15 @@ def merge_of(q, k):
 def test_a_gradient_of_any_input_keeps_to_pytorch(module, function, monkeypatch):
     """A kernel that looked at the first input only would drop the gradients of the others without a word."""
     monkeypatch.setattr("qwen_longctx.ops.triton_runtime.AVAILABLE", True)
-    monkeypatch.setattr(sys.modules[f"qwen_longctx.ops.{module}"], f"{module}_triton", lambda *a, **k: "Triton")
+    monkeypatch.setattr(sys.modules[f"qwen_longctx.ops.{module}"], f"{module}_triton", launch)
     q, k = (torch.randn(1, 8, 8, 8).as_subclass(OnCuda) for _ in range(2))
-    assert function(q, k)[0] == "Triton"[0]
+    with pytest.raises(Launched):
+        function(q, k)
     k.requires_grad_()
     function(q, k).sum().backward()
     assert k.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert function(q, k)[0] == "Triton"[0]
+    with torch.no_grad(), pytest.raises(Launched):
+        function(q, k)
 
 
 # --- flash-attn-4 warns nobody ------------------------------------------------------------------------------------
