@@ -5,6 +5,7 @@ Run as a script, without the interpreter; prints a line for each kernel and comp
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import triton
@@ -66,11 +67,19 @@ KERNELS = [
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 
+
+def source(kernel, types, constants):
+    """What the compiler takes: names of arguments with their types, numbers are ``i32``, and constants."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "i32") for name in names if name not in constants}
+    if "constexprs" not in inspect.signature(ASTSource).parameters:  # before Triton 3.3
+        return ASTSource(kernel, signature, constants)
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    return ASTSource(kernel, signature, constexprs={(names.index(name),): value for name, value in constants.items()})
+
+
 for capability in map(int, sys.argv[1:]):
     for kernel, types, constants in KERNELS:
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        values = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(kernel, signature, constexprs=values)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source(kernel, types, constants), target=target, options={"num_warps": 4})
         print(f"{kernel.__name__} {capability} {len(compiled.asm['cubin'])} bytes")
