@@ -15,7 +15,7 @@ import torch
 import qwen_longctx
 from qwen_longctx import ops
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
-from qwen_longctx.ops import aten, engines, fa4
+from qwen_longctx.ops import engines, fa4
 from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
@@ -38,10 +38,10 @@ def capability(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: version)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(fa4, "_installed", lambda: True)
-        aten._slow_cudnn.cache_clear()
+        engines._dense.cache_clear()
 
     yield pretend
-    aten._slow_cudnn.cache_clear()
+    engines._dense.cache_clear()
 
 
 def dense_engine(dtype, tokens=4096, head_dim=128, device=CUDA):

@@ -41,11 +41,6 @@ def why_not_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int, size:
         return f"takes half precision only, not {dtype}"
     if head_dim not in (64, 128):
         return f"is used at head dim 64 and 128 only, not {head_dim}"
-    return _slow_cudnn(device)
-
-
-@functools.lru_cache
-def _slow_cudnn(device: torch.device) -> str:
     if lack := older_than(device, (9, 0)):
         return lack
     return "" if torch.backends.cudnn.is_available() else "needs cuDNN"

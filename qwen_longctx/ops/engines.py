@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -93,8 +93,13 @@ def pieces(queries: int, keys: int, causal: bool) -> list[Piece]:
 
 def dense(q: torch.Tensor) -> Engine:
     """The fastest engine for dense attention of queries like `q`, of shape (batch, queries, heads, head_dim)."""
-    kind = q.device, q.dtype, q.shape[-1], q.shape[1]
-    return next(engine for engine in ENGINES.values() if engine.differentiable and not engine.why_not(*kind))
+    return _dense(q.device, q.dtype, q.shape[-1], q.shape[1])
+
+
+@lru_cache  # decode asks once for each segment of each layer
+def _dense(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> Engine:
+    rows = (row for row in ENGINES.values() if row.differentiable)
+    return next(row for row in rows if not row.why_not(device, dtype, head_dim, size))
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float) -> list[Result]:
@@ -104,7 +109,9 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, 
     if not cuts:
         return [empty(q)]
     run = dense(q).function
-    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    if len(cuts) == 1 and cuts[0].start == 0:  # as in decode, where each view would cost time
+        return [run(q, k, v, causal=cuts[0].causal, scale=scale)]
     return [
         _from_row(start, run(q[:, start:], k[:, keys], v[:, keys], causal=masked, scale=scale))
         for start, keys, masked in cuts
