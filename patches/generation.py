@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,19 +12,19 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
-from qwen_longctx.kv.sequence import held_tokens, open_cache, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
 from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import check_cache_type, check_ids, check_static_cache, given_inputs, padding_mask
 from qwen_longctx.prefill import memory
 
 _STATIC = ("static", "offloaded_static")
+Configs = tuple[Any, ...]  # generation configs, the most binding first
 
 
 def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     """The stock generate on a `LongContextCache`, unless the caller brings or asks for another cache."""
-    config = arguments.get("generation_config")
-    config = self.generation_config if config is None else config
+    configs = arguments.get("generation_config"), self.generation_config
     settings = patched.settings(self.config)
     prompt = _prompt(arguments)
     cache = arguments.get("past_key_values")
@@ -35,22 +34,20 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
         open_cache(cache, (settings.chunk_size, settings.local_size))
         held = held_tokens(cache)
     if prompt is not None:
-        _check_prompt(self, prompt, held, config, arguments)
-    length = _first_room(prompt, held, config, arguments)
-    implementation = _option(config, arguments, "cache_implementation")
+        _check_prompt(self, prompt, held, configs, arguments)
+    length = _first_room(prompt, held, configs, arguments)
+    implementation = _option(configs, arguments, "cache_implementation")
     _check_cache_implementation(implementation, length, settings)
     check_static_cache(cache, length, settings)
-    uses_cache = _option(config, arguments, "use_cache") is not False
+    uses_cache = _option(configs, arguments, "use_cache") is not False
     if cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None:
         rows = prompt.shape[0] * max(
-            _option(config, arguments, "num_beams") or 1, _option(config, arguments, "num_return_sequences") or 1
+            _option(configs, arguments, "num_beams") or 1, _option(configs, arguments, "num_return_sequences") or 1
         )
         _check_memory(self, prompt, length, rows, settings)
         cache = arguments["past_key_values"] = LongContextCache(length)
-        arguments.pop("cache_implementation", None)
-        if getattr(config, "cache_implementation", None) is not None:  # transformers refuses it beside a cache
-            arguments["generation_config"] = config = copy.copy(config)
-            config.cache_implementation = None
+        if implementation is not None:  # transformers refuses it beside a cache
+            arguments["cache_implementation"] = None
     with _settings_kept(cache, settings, 0 if prompt is None or held else prompt.shape[1]):
         return patched.call(self, **arguments)
 
@@ -79,27 +76,31 @@ def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
     return found
 
 
-def _option(config: Any, arguments: dict[str, Any], name: str) -> Any:
-    """An option of generate, given by keyword or by a generation config."""
-    value = arguments.get(name)
-    return getattr(config, name, None) if value is None else value
+def _option(configs: Configs, arguments: dict[str, Any], name: str) -> Any:
+    """An option of generate: given by keyword, by the generation config of the call, or by that of the model."""
+    values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
-def _check_prompt(model: Any, prompt: torch.Tensor, held: int, config: Any, arguments: dict[str, Any]) -> None:
-    """Refuse what a forward would refuse, and rows that are padded on the right, before the first chunk."""
-    vocabulary = model.config.vocab_size
-    check_ids(prompt, vocabulary, "prefill")
+def _check_prompt(model: Any, prompt: torch.Tensor, held: int, configs: Configs, arguments: dict[str, Any]) -> None:
+    """Refuse what a forward would refuse, and rows that are padded on the right, before the first chunk.
+
+    Puts a mask into `arguments` where transformers would make one that hides tokens within the text, or is too short.
+    """
+    check_ids(prompt, model.config.vocab_size, "prefill")
+    batch, tokens = prompt.shape[:2]
+    embedded = arguments.get("inputs_embeds") is not None
     mask = padding_mask(arguments.get("attention_mask"))
-    if mask is None and not prompt.is_floating_point():
-        mask = _inferred_mask(prompt, config, arguments)
-        if mask is not None and not held:
-            arguments["attention_mask"] = mask
+    if held and not embedded and tokens > held and (mask is None or mask.shape[-1] == tokens):
+        held = 0  # the whole text so far, of which the cache holds the beginning
+    if mask is None and not held and not embedded:
+        mask = arguments["attention_mask"] = _inferred_mask(prompt, configs, arguments)
+    elif mask is None and held:
+        mask = arguments["attention_mask"] = prompt.new_ones((batch, held + tokens), dtype=torch.long)
     if mask is None:
         return
-    tokens = prompt.shape[1]
-    if held and tokens > held and arguments.get("inputs_embeds") is None and mask.shape[-1] == tokens:
-        held, tokens = 0, tokens  # the whole text so far, of which the cache holds the beginning
-    call = read_call(mask, None, batch=prompt.shape[0], tokens=tokens, cached=held)
+    starts = row_starts(arguments["past_key_values"]) if held else ()
+    call = read_call(mask, None, batch=batch, tokens=tokens, cached=held, known_starts=starts)
     for number, row in enumerate(call.rows):
         if row.last and row.last < call.end:
             raise InvalidValue(
@@ -108,12 +109,12 @@ def _check_prompt(model: Any, prompt: torch.Tensor, held: int, config: Any, argu
             )
 
 
-def _inferred_mask(ids: torch.Tensor, config: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+def _inferred_mask(ids: torch.Tensor, configs: Configs, arguments: dict[str, Any]) -> torch.Tensor | None:
     """The mask that generate makes of pad tokens where it is given none, with padding before a row's text only.
 
-    A pad token within the text is a token like others: assisted decoding meets it in drafts.
+    A pad token within the text is a token like others: the drafts of assisted decoding may hold it.
     """
-    pad, eos = (_option(config, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos = (_option(configs, arguments, name) for name in ("pad_token_id", "eos_token_id"))
     ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
     if pad is None or int(pad) in ends:
         return None
@@ -126,13 +127,14 @@ def _inferred_mask(ids: torch.Tensor, config: Any, arguments: dict[str, Any]) ->
     return (~leading | leading.all(dim=1, keepdim=True)).long()
 
 
-def _first_room(prompt: torch.Tensor | None, held: int, config: Any, arguments: dict[str, Any]) -> int:
+def _first_room(prompt: torch.Tensor | None, held: int, configs: Configs, arguments: dict[str, Any]) -> int:
     """Tokens to make room for: the prompt and what may follow, as far as one step of growth goes."""
     tokens = prompt.shape[1] if prompt is not None else 0
-    tokens = held + tokens if arguments.get("inputs_embeds") is not None else max(tokens, held)
-    new = _option(config, arguments, "max_new_tokens")
+    new_only = arguments.get("inputs_embeds") is not None or tokens <= held
+    tokens = held + tokens if new_only else tokens
+    new = _option(configs, arguments, "max_new_tokens")
     if new is None:
-        new = (_option(config, arguments, "max_length") or 0) - tokens
+        new = (_option(configs, arguments, "max_length") or 0) - tokens
     return tokens + max(0, min(new, STEP))
 
 

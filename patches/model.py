@@ -13,7 +13,7 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
-from qwen_longctx.kv.sequence import held_tokens, open_cache, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
 
@@ -161,6 +161,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
         tokens=inputs.shape[1],
         cached=held_tokens(cache),
         known_shifts=frozenset() if state is None else state.shifts,
+        known_starts=() if cache is None else row_starts(cache),
         announced=0 if state is None else state.announced,
     )
     check_ids(inputs, base.config.vocab_size, mode)

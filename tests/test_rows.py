@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2ForSequenceClassification, Qwen2ForTokenClassification, Qwen2Model
+from transformers import DynamicCache, Qwen2ForSequenceClassification, Qwen2ForTokenClassification, Qwen2Model
 
 from definition import dense_model
 from helpers import FAMILIES, GEOMETRY, tiny_model
@@ -118,3 +118,29 @@ def test_rows_padded_on_the_right_are_continued_as_themselves():
     with pytest.raises(InvalidValue, match="hides tokens"):
         model(ids[:, :1], attention_mask=torch.cat((mask, torch.ones(2, 1).long()), 1), past_key_values=cache)
     assert cache.get_seq_length() == 50
+
+
+@pytest.mark.parametrize("mask", [None, "all ones", "shifted"])
+@pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
+@pytest.mark.parametrize("rows", [[0, 1], [1, 1], [1, 0]])
+@torch.no_grad()
+def test_a_padded_cache_is_continued_with_its_own_mask_only(mask, make, rows):
+    """Without the mask the padding in the cache would count as text; with another one rows would begin elsewhere."""
+    model = patch_qwen(tiny_model(dtype=torch.float64))
+    texts, ids, first = batch([50, 30], "left")
+    cache = make()
+    model(ids, attention_mask=first, past_key_values=cache)
+    cache.reorder_cache(torch.tensor(rows))
+    first = first[rows]
+    new = torch.randint(1, 97, (2, 4))
+    own = torch.cat((first, torch.ones(2, 4).long()), 1)
+    given = {None: None, "all ones": torch.ones_like(own), "shifted": own.roll(-2, 1).index_fill(1, torch.arange(50, 54), 1)}
+    with pytest.raises(InvalidValue, match="of the cache begins at token"):
+        model(new, attention_mask=given[mask], past_key_values=cache)
+    with pytest.raises(InvalidValue, match="of the cache begins at token"):
+        model.generate(new, attention_mask=given[mask], past_key_values=cache, max_new_tokens=2)
+    logits = model(new, attention_mask=own, past_key_values=cache).logits
+    for number, row in enumerate(rows):
+        alone = make()
+        model(texts[row][None], past_key_values=alone)
+        torch.testing.assert_close(logits[number], model(new[number][None], past_key_values=alone).logits[0])

@@ -65,6 +65,11 @@ class Call:
         """Tokens of the longest row."""
         return max(row.last - row.first for row in self.rows)
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each row begins behind its padding, -1 for padding alone."""
+        return tuple(row.first if row.last else -1 for row in self.rows)
+
     def temperature_length(self, row: Extent, position: int) -> int:
         """Length n that the attention temperature of a query goes by, where it goes by the prompt's length.
 
@@ -149,6 +154,7 @@ def read_call(
     tokens: int,
     cached: int,
     known_shifts: frozenset[int] = frozenset(),
+    known_starts: tuple[int, ...] = (),
     announced: int = 0,
 ) -> Call:
     """Read which tokens are real from what the caller gives, and check it. One transfer to the host, or none.
@@ -164,6 +170,8 @@ def read_call(
         Rows, tokens of this call, tokens in the cache before it.
     known_shifts : frozenset of int
         Shifts of the position ids that filled the cache, beside 0.
+    known_starts : tuple of int
+        Where each row of the cache begins behind its padding, -1 for padding alone; empty if unknown.
     announced : int
         Length of the prompt, where the call that fills the cache brings more tokens than the prompt; else 0.
 
@@ -177,22 +185,45 @@ def read_call(
     prompt = 0 if cached else min(announced or end, end)
     mask = _checked_mask(attention_mask, batch, end)
     if mask is None and position_ids is None:
-        return replace(Call.whole(batch, tokens, cached), prompt=prompt)
+        call = replace(Call.whole(batch, tokens, cached), prompt=prompt)
+    else:
+        rows, shifts = _read_rows(mask, position_ids, batch, tokens, cached)
+        call = Call(rows, cached, end, prompt, shifts)
+    if cached:
+        _check_continuation(call, known_shifts | {0}, known_starts)
+    return call
+
+
+def _read_rows(
+    mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, tokens: int, cached: int
+) -> tuple[tuple[Extent, ...], frozenset[int]]:
+    """Extents and shifts of all rows, from a mask or positions or both."""
+    end = cached + tokens
     if position_ids is not None:
         _check_positions(position_ids, batch, tokens)
     shift = _unpadded_shift(mask, position_ids, cached)
-    rows: tuple[Extent, ...] = (Extent(0, end),) * batch
-    shifts = frozenset({shift or 0})
-    if shift is None:
-        mask = torch.ones(batch, end, dtype=torch.bool) if mask is None else mask
-        rows, shifts = _read_mask(mask, position_ids, cached)
-    if cached and not shifts <= known_shifts | {0}:
-        wrong = min(shifts - known_shifts - {0})
+    if shift is not None:
+        return (Extent(0, end),) * batch, frozenset({shift})
+    mask = torch.ones(batch, end, dtype=torch.bool) if mask is None else mask
+    return _read_mask(mask, position_ids, cached)
+
+
+def _check_continuation(call: Call, shifts: frozenset[int], starts: tuple[int, ...]) -> None:
+    """Refuse rows or positions that do not continue those of the cache."""
+    if starts and len(starts) != len(call.rows):
+        raise InvalidValue(f"the call has {len(call.rows)} rows and the cache {len(starts)}: give it as many")
+    for number, (known, start) in enumerate(zip(starts, call.starts, strict=False)):
+        if start != known and known >= 0:
+            raise InvalidValue(
+                f"row {number} of the cache begins at token {known}, behind its padding, and the attention_mask of this "
+                f"call says {start} (no mask says 0): give the mask of all tokens, cached ones included"
+            )
+    if not call.shifts <= shifts:
+        wrong = min(call.shifts - shifts)
         raise InvalidValue(
             f"position_ids do not continue the cache: the first new token of a row stands {wrong:+d} tokens from where "
             "the cached tokens of the row end. Leave position_ids out, or start with a new cache"
         )
-    return Call(rows, cached, end, prompt, shifts)
 
 
 def _checked_mask(mask: Any, batch: int, end: int) -> torch.Tensor | None:

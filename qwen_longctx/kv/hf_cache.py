@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
-from qwen_longctx.kv.sequence import Sequence
+from qwen_longctx.kv.sequence import Sequence, follow_rows
 from qwen_longctx.kv.store import Store, Tensors
 
 _MOST = 1 << 40  # tokens: no machine holds more, and sizes in bytes stay within 64 bits
@@ -96,16 +96,17 @@ class LongContextLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take rows `beam_idx`, as beam search does each step."""
         self.store.select_rows(beam_idx)
+        follow_rows(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.store.buffers is not None:
             rows = torch.arange(self.store.buffers[0].shape[0])
-            self.store.select_rows(rows.repeat_interleave(repeats))
+            self.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep rows `indices`, integers of shape (rows,)."""
-        self.store.select_rows(indices)
+        self.reorder_cache(indices)
 
     def reset(self) -> None:
         """Forget all tokens and keep the room."""
@@ -200,18 +201,40 @@ def _guarded_update(self: Any, key_states: torch.Tensor, value_states: torch.Ten
     return self.guarded.update(self, key_states, value_states, *args, **kwargs)
 
 
+def _guarded_reorder(self: Any, beam_idx: torch.Tensor) -> None:
+    self.guarded.reorder_cache(self, beam_idx)
+    follow_rows(self, beam_idx)
+
+
+def _guarded_repeat(self: Any, repeats: int) -> None:
+    self.guarded.batch_repeat_interleave(self, repeats)
+    follow_rows(self, torch.arange(len(getattr(self, "row_starts", ()))).repeat_interleave(repeats))
+
+
+def _guarded_select(self: Any, indices: torch.Tensor) -> None:
+    self.guarded.batch_select_indices(self, indices)
+    follow_rows(self, indices)
+
+
 class GuardedLayer(DynamicLayer):
     """A layer of a `DynamicCache` that a patched model has filled."""
 
     guarded = DynamicLayer
     update = _guarded_update
+    reorder_cache = _guarded_reorder
+    batch_repeat_interleave = _guarded_repeat
+    batch_select_indices = _guarded_select
+
+
+_GUARD = ("update", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
 
 @lru_cache
 def _guard_of(kind: type) -> type:
     if kind is DynamicLayer:
         return GuardedLayer
-    return type(f"Guarded{kind.__name__}", (kind,), {"guarded": kind, "update": _guarded_update})
+    members = {name: value for name, value in vars(GuardedLayer).items() if name in _GUARD and hasattr(kind, name)}
+    return type(f"Guarded{kind.__name__}", (kind,), {**members, "guarded": kind})
 
 
 def guard(cache: Any) -> None:

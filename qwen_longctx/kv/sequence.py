@@ -64,6 +64,22 @@ def sequence_of(cache: Any) -> Sequence:
     return found
 
 
+def row_starts(cache: Any) -> tuple[int, ...]:
+    """Where each row of a cache begins behind its padding, -1 for padding alone; empty if unknown.
+
+    It is kept on the first layer, because rows are reordered, repeated and selected a layer at a time.
+    """
+    return getattr(next(iter(getattr(cache, "layers", ())), None), "row_starts", ())
+
+
+def follow_rows(layer: Any, rows: torch.Tensor) -> None:
+    """Note that a layer now holds rows number `rows` of those it held, integers of shape (rows,)."""
+    starts = getattr(layer, "row_starts", ())
+    if starts:
+        alike = len(set(starts)) == 1  # nothing to look up then, and so no transfer from the device
+        layer.row_starts = starts[:1] * len(rows) if alike else tuple(starts[row] for row in rows.tolist())
+
+
 def held_tokens(cache: Any) -> int:
     """Tokens in any transformers cache, or 0 without one."""
     return 0 if cache is None else int(cache.get_seq_length())
@@ -117,12 +133,15 @@ def forget(cache: Any) -> None:
     """Note that a cache is empty; an announcement and settings of a generate in progress stay."""
     state = sequence_of(cache)
     if state.length or state.geometry or state.broken:
-        state.length, state.geometry, state.shifts, state.broken = 0, None, frozenset({0}), ""
+        state.length, state.geometry, state.broken = 0, None, ""
+        state.shifts = frozenset({0})
         state.sparse = SparseState()
 
 
 @contextmanager
-def transaction(cache: Any, geometry: tuple[int, int], shifts: frozenset[int]) -> Iterator[None]:
+def transaction(
+    cache: Any, geometry: tuple[int, int], shifts: frozenset[int], starts: tuple[int, ...]
+) -> Iterator[None]:
     """Commit what the block appends to `cache`; roll everything back if it fails or is interrupted.
 
     Parameters
@@ -132,6 +151,8 @@ def transaction(cache: Any, geometry: tuple[int, int], shifts: frozenset[int]) -
         Chunk size and local size of the run.
     shifts : frozenset of int
         Of the position ids of the run.
+    starts : tuple of int
+        Where each row begins behind its padding, -1 for padding alone.
     """
     state, before = sequence_of(cache), held_tokens(cache)
     sparse = state.sparse.snapshot()
@@ -145,6 +166,8 @@ def transaction(cache: Any, geometry: tuple[int, int], shifts: frozenset[int]) -
     if state.length:
         state.geometry, state.announced = geometry, 0
         state.shifts = state.shifts | shifts if before else shifts
+        if getattr(cache, "layers", None):
+            cache.layers[0].row_starts = starts
 
 
 def roll_back(cache: Any, length: int) -> None:

@@ -67,7 +67,7 @@ class Run:
             yield
             return
         geometry = self.settings.chunk_size, self.settings.local_size
-        with transaction(self.cache, geometry, self.call.shifts):
+        with transaction(self.cache, geometry, self.call.shifts, self.call.starts):
             if self.mode == "decode":
                 yield
             else:
