@@ -15,7 +15,7 @@ import torch
 import qwen_longctx
 from qwen_longctx import ops
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
-from qwen_longctx.ops import engines, fa4
+from qwen_longctx.ops import engines, fa4, triton_runtime
 from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
@@ -37,7 +37,7 @@ def capability(monkeypatch):
     def pretend(version):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: version)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        monkeypatch.setattr(fa4, "_installed", lambda: True)
+        monkeypatch.setattr(fa4, "_missing", lambda: "")
         engines._dense.cache_clear()
 
     yield pretend
@@ -241,7 +241,7 @@ def flash_attn_func(q, k, v, **kwargs):
 
 
 @pytest.fixture
-def flash_attn(tmp_path, monkeypatch):
+def flash_attn(tmp_path, monkeypatch, request):
     """A flash-attn-4 that warns when it is imported and when it is called."""
     package = tmp_path / "flash_attn" / "cute"
     package.mkdir(parents=True)
@@ -251,9 +251,10 @@ def flash_attn(tmp_path, monkeypatch):
     (package / "__init__.py").write_text(FLASH_ATTN)
     (package / "block_sparsity.py").write_text("BlockSparseTensorsTorch = dict\n")
     monkeypatch.syspath_prepend(tmp_path)
-    fa4._installed.cache_clear()
-    yield
-    fa4._installed.cache_clear()
+    for function in (fa4._functions, fa4._missing):
+        function.cache_clear()
+        request.addfinalizer(function.cache_clear)
+    yield package
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         del sys.modules[name]
 
@@ -266,13 +267,41 @@ def test_flash_attention_4_warns_nobody(flash_attn):
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         hook, filters = warnings.showwarning, list(warnings.filters)
-        assert fa4._installed()
+        assert fa4._missing() == ""
         for _ in range(2):
             call_fa4()
         assert [str(warning.message) for warning in shown] == []
         assert warnings.showwarning is hook and warnings.filters == filters
         warnings.warn("of the user", stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["of the user"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        (
+            "../__init__.py",
+            "raise ImportError('undefined symbol: _ZN3c10')",
+            "cannot be imported: undefined symbol: _ZN3c10",
+        ),
+        ("__init__.py", "raise RuntimeError('no driver')", "cannot be imported: no driver"),
+        ("__init__.py", "import qwen_no_such_module", "cannot be imported: No module named 'qwen_no_such_module'"),
+        ("__init__.py", "", "cannot be imported: cannot import name 'flash_attn_func'"),
+        (None, None, "needs the package flash-attn-4"),
+    ],
+)
+def test_a_broken_flash_attention_4_gives_way(file, content, reason, flash_attn, monkeypatch):
+    """As FlashAttention-2 built for another PyTorch, which fails when it is looked at."""
+    if file:
+        (flash_attn / file).write_text(content)
+    else:
+        (flash_attn / "__init__.py").unlink()
+        (flash_attn / "block_sparsity.py").unlink()
+        flash_attn.rmdir()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    kind = CUDA, torch.bfloat16, 128, 128
+    assert ops.why_not(*kind)["fa4"].startswith(reason)
+    assert ops.list_kernel("auto", *kind) == ("flex" if triton_runtime.AVAILABLE else "reference")
 
 
 def test_an_error_of_flash_attention_4_leaves_warnings_alone(flash_attn):

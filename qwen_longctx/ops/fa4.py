@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,11 +57,9 @@ def fa4(
     and no mask function every listed block is masked, aligned at the bottom right.
     """
     with _muted:
-        from flash_attn.cute import flash_attn_func
-        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
+        flash_attn_func, block_sparse_tensors = _functions()
         # it wants both lists, of blocks that a mask function masks and of others: there is no mask function
-        lists = BlockSparseTensorsTorch(
+        lists = block_sparse_tensors(
             mask_block_cnt=torch.zeros_like(blocks.counts),
             mask_block_idx=blocks.indices,
             full_block_cnt=blocks.counts,
@@ -83,12 +80,25 @@ def fa4(
 
 
 @lru_cache
-def _installed() -> bool:
+def _functions() -> tuple[Any, Any]:
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    return flash_attn_func, BlockSparseTensorsTorch
+
+
+@lru_cache
+def _missing() -> str:
+    """What is wrong with the package, empty if it can be imported: one built for another PyTorch, say, cannot."""
     try:
-        with _muted:  # looking for it imports the package around it
-            return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        return False
+        with _muted:
+            _functions()
+    except ModuleNotFoundError as error:
+        known = error.name in ("flash_attn", "flash_attn.cute")
+        return "needs the package flash-attn-4" if known else f"cannot be imported: {error}"
+    except Exception as error:  # whatever its own packages raise; other engines do the work
+        return f"cannot be imported: {error}"
+    return ""
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
@@ -96,8 +106,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) 
     # on 8.0 it ignores the lists without a word (flash-attention issue 2897)
     if lack := older_than(device, (9, 0)):
         return lack
-    if not _installed():
-        return "needs the package flash-attn-4"
+    if lack := _missing():
+        return lack
     if dtype not in HALF:
         return f"takes half precision only, not {dtype}"
     if head_dim not in (64, 128):
