@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size
@@ -33,6 +33,6 @@ def _needs_gradients(module: torch.nn.Module, x: torch.Tensor) -> bool:
 
 
 def _slice(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
-    if fused.pays(x) and self.config.hidden_act == "silu":
-        return self.down_proj(fused.silu_mul(self.gate_proj(x), self.up_proj(x)))
+    if norm.pays(x) and self.config.hidden_act == "silu":
+        return self.down_proj(norm.silu_mul(self.gate_proj(x), self.up_proj(x)))
     return patched.stock(self, x)

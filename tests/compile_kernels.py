@@ -5,24 +5,31 @@ Run as a script, without the interpreter; prints a line for each kernel and comp
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwen_longctx.ops import gpu
+from qwen_longctx.ops.block_shares import _block_shares
+from qwen_longctx.ops.columns import _columns
+from qwen_longctx.ops.compact import _compact
+from qwen_longctx.ops.keep import _keep
+from qwen_longctx.ops.merge import _merge
+from qwen_longctx.ops.rotate import _rotate
+from qwen_longctx.ops.row_lse import _row_lse
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
 KERNELS = [
-    (gpu._row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
     (
-        gpu._block_shares,
+        _block_shares,
         {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
         {**TILE, "PER_TILE": 8, "PER_BLOCK": 4},
     ),
     (
-        gpu._columns,
+        _columns,
         {
             **{name: "*bf16" for name in ("q", "k", "v", "out")},
             **{"keep": "*u8", "lse": "*fp32", "scale": "fp32"},
@@ -30,7 +37,7 @@ KERNELS = [
         TILE,
     ),
     (
-        gpu._merge,
+        _merge,
         {
             **{f"o{i}": "*bf16" for i in range(4)},
             **{f"s{i}": "*fp32" for i in range(4)},
@@ -40,7 +47,7 @@ KERNELS = [
     ),
     *(
         (
-            gpu._keep,
+            _keep,
             {
                 "scores": "*fp32",
                 "kept": "*u8",
@@ -53,18 +60,26 @@ KERNELS = [
         for limited in (False, True)
     ),
     (
-        gpu._rotate,
+        _rotate,
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
     ),
-    (gpu._compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
+    (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
+
+
+def source(kernel, types, constants):
+    """What the compiler takes: names of arguments with their types, numbers are ``i32``, and constants."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "i32") for name in names if name not in constants}
+    if "constexprs" not in inspect.signature(ASTSource).parameters:  # before Triton 3.3
+        return ASTSource(kernel, signature, constants)
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    return ASTSource(kernel, signature, constexprs={(names.index(name),): value for name, value in constants.items()})
+
 
 for capability in map(int, sys.argv[1:]):
     for kernel, types, constants in KERNELS:
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        values = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(kernel, signature, constexprs=values)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source(kernel, types, constants), target=target, options={"num_warps": 4})
         print(f"{kernel.__name__} {capability} {len(compiled.asm['cubin'])} bytes")

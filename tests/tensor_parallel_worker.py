@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -47,7 +48,7 @@ def run(model: torch.nn.Module, ids: torch.Tensor, runs: list[dict]) -> list[dic
 def main(folder: str, output: str) -> None:
     torch.distributed.init_process_group("gloo")
     model = load(folder).eval()
-    ids, runs = torch.load(f"{folder}/ids.pt"), json.loads(open(f"{folder}/runs.json").read())
+    ids, runs = torch.load(f"{folder}/ids.pt"), json.loads(Path(folder, "runs.json").read_text())
     results = {"heads": tuple(local_heads(model)), "runs": run(model, ids, runs)}
     torch.save(results, f"{output}.{torch.distributed.get_rank()}")
     torch.distributed.barrier()

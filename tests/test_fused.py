@@ -8,11 +8,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from helpers import DEVICES, tiny_model
 from qwen_longctx import patched_qwen
-from qwen_longctx.ops import fused
+from qwen_longctx.ops import norm
 
 
 def test_nothing_is_left_to_liger_without_cuda():
-    assert not fused.pays(torch.empty(1 << 21))
+    assert not norm.pays(torch.empty(1 << 21))
 
 
 @torch.no_grad()
@@ -20,21 +20,21 @@ def test_nothing_is_left_to_liger_without_cuda():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 def test_short_norms_round_as_the_stock_norm_does(device, dtype, weight_dtype):
-    norm = Qwen2RMSNorm(512, 1e-6).to(device, weight_dtype or dtype)
-    norm.weight.copy_(torch.randn(512))
+    stock = Qwen2RMSNorm(512, 1e-6).to(device, weight_dtype or dtype)
+    stock.weight.copy_(torch.randn(512))
     x = (3 * torch.randn(2, 9, 512, device=device)).to(dtype)
-    found, wanted = fused.short_rms_norm(x, norm.weight, 1e-6), norm(x)
-    assert found.dtype == wanted.dtype
-    # sums of another order may turn a rounding, one place in the last bit
-    torch.testing.assert_close(found, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
+    result, wanted = norm.short_rms_norm(x, stock.weight, 1e-6), stock(x)
+    assert result.dtype == wanted.dtype
+    # sums of another order may round otherwise, by one place in the last bit
+    torch.testing.assert_close(result, wanted, atol=0, rtol=2 * torch.finfo(dtype).eps)
     if dtype != torch.float32:
-        assert (found != wanted).float().mean() <= 0.01
+        assert (result != wanted).float().mean() <= 0.01
 
 
 def test_a_norm_under_autocast_keeps_its_dtype():
-    norm, x = Qwen2RMSNorm(64).bfloat16(), torch.randn(3, 64).bfloat16()
+    stock, x = Qwen2RMSNorm(64).bfloat16(), torch.randn(3, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused.short_rms_norm(x, norm.weight, 1e-6).dtype == norm(x).dtype == torch.bfloat16
+        assert norm.short_rms_norm(x, stock.weight, 1e-6).dtype == stock(x).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu
@@ -44,9 +44,9 @@ def test_fused_functions(shape):
     x, y = torch.randn(2, *shape, device="cuda")
     weight = torch.rand(shape[-1], device="cuda")
     wanted = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double(), 1e-6)
-    torch.testing.assert_close(fused.rms_norm(x, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-6).double(), wanted, atol=1e-5, rtol=1e-5)
     wanted = torch.nn.functional.silu(x.double()) * y.double()
-    torch.testing.assert_close(fused.silu_mul(x, y).double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm.silu_mul(x, y).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -62,10 +62,10 @@ def test_fused_model_is_the_stock_one(family, dtype, monkeypatch):
     wanted, stock = exact(ids).logits, model(ids).logits
     used = []
     for name in ("rms_norm", "silu_mul"):
-        function = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, f=function, n=name: used.append(n) or f(*a))
-    monkeypatch.setattr(fused, "_FEWEST", 1)
+        function = getattr(norm, name)
+        monkeypatch.setattr(norm, name, lambda *a, f=function, n=name: used.append(n) or f(*a))
+    monkeypatch.setattr(norm, "_FEWEST", 1)
     with patched_qwen(model, mlp_chunk_size=256):
-        found = model(ids).logits
-    assert (found - wanted).norm() <= 1.5 * (stock - wanted).norm()
+        result = model(ids).logits
+    assert (result - wanted).norm() <= 1.5 * (stock - wanted).norm()
     assert set(used) == {"rms_norm", "silu_mul"}

@@ -28,11 +28,11 @@ def plain(parts, scale=SCALE):
     for q, k, v, causal in parts:
         group = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
-        some = q.transpose(1, 2) @ k.transpose(-1, -2) * scale
+        scores = q.transpose(1, 2) @ k.transpose(-1, -2) * scale
         if causal:
-            hidden = torch.ones(some.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[1])
-            some = some.masked_fill(hidden, -torch.inf)
-        logits.append(some)
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[1])
+            scores = scores.masked_fill(hidden, -torch.inf)
+        logits.append(scores)
         values.append(v)
     logits = torch.cat(logits, dim=-1)
     nothing = (logits == -torch.inf).all(-1, keepdim=True)
@@ -55,8 +55,8 @@ def gradients(function, parts, weight, dtype):
     leaves = [[x.to(dtype).requires_grad_() for x in part[:3]] for part in parts]
     out = function([Part(*three, part.causal) for three, part in zip(leaves, parts, strict=True)])
     tensors = [x for three in leaves for x in three]
-    found = torch.autograd.grad(out, tensors, weight.to(out.dtype), allow_unused=True)
-    return out, [torch.zeros_like(x) if g is None else g for g, x in zip(found, tensors, strict=True)]
+    grads = torch.autograd.grad(out, tensors, weight.to(out.dtype), allow_unused=True)
+    return out, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, tensors, strict=True)]
 
 
 def merged(parts):
@@ -69,15 +69,15 @@ def check(parts, dtype, monkeypatch=None):
     weight = torch.randn_like(parts[0].q).to(dtype).double()
     true_out, wanted = gradients(plain, parts, weight, torch.float64)
     rough_out, rough = gradients(plain, parts, weight, dtype)
-    out, found = gradients(merged, parts, weight, dtype)
+    out, ours = gradients(merged, parts, weight, dtype)
     assert out.dtype == dtype
-    for exact, beside, ours in [(true_out, rough_out, out), *zip(wanted, rough, found, strict=True)]:
-        assert ours.dtype == dtype and ours.shape == exact.shape
+    for exact, beside, result in [(true_out, rough_out, out), *zip(wanted, rough, ours, strict=True)]:
+        assert result.dtype == dtype and result.shape == exact.shape
         if not exact.numel():
             continue
         steps = {torch.float64: 64, torch.float32: 64}.get(dtype, 2) * torch.finfo(dtype).eps
         allowed = 2 * (beside - exact).abs().max() + steps * exact.abs().max().clamp(min=1)
-        assert (ours - exact).abs().max() <= allowed
+        assert (result - exact).abs().max() <= allowed
 
 
 CASES = st.tuples(
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_one_softmax(case):
     parts = draw(queries, [count for count, _ in keys], [causal for _, causal in keys], heads, batch)
     with pytest.MonkeyPatch.context() as patch:
         if name == "reference":
-            patch.setattr(engines, "engine", lambda q: "reference")
+            patch.setattr(engines, "dense", lambda q: engines.ENGINES["reference"])
             patch.setattr(importlib.import_module("qwen_longctx.ops.reference"), "_LOGITS_AT_A_TIME", 500)
         check(parts, dtype)
 
@@ -125,8 +125,8 @@ def test_one_part_by_sdpa_is_exact_with_keys_before_the_queries():
     parts = draw(20, (33,), (True,))
     weight = torch.randn_like(parts[0].q)
     wanted = gradients(plain, parts, weight, torch.float64)
-    found = gradients(lambda p: sdpa(*p[0][:3], causal=True, scale=SCALE)[0], parts, weight, torch.float64)
-    torch.testing.assert_close(found, wanted)
+    result = gradients(lambda p: sdpa(*p[0][:3], causal=True, scale=SCALE)[0], parts, weight, torch.float64)
+    torch.testing.assert_close(result, wanted)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -153,7 +153,7 @@ def test_only_what_asks_for_a_gradient_gets_one(asked):
     """As in prefix tuning, where the keys and values of the prefix alone may be trained."""
     parts = draw(12, (12, 9), (True, False))
 
-    def some(function):
+    def leaf_gradients(function):
         tensors = [x.detach().clone() for part in parts for x in part[:3]]
         for at in asked:
             tensors[at].requires_grad_()
@@ -161,7 +161,7 @@ def test_only_what_asks_for_a_gradient_gets_one(asked):
         assert [x.grad is not None for x in tensors] == [at in asked for at in range(6)]
         return [tensors[at].grad for at in asked]
 
-    torch.testing.assert_close(some(merged), some(plain))
+    torch.testing.assert_close(leaf_gradients(merged), leaf_gradients(plain))
 
 
 def test_expanded_gradients_and_shared_queries():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from helpers import DEVICES
 from qwen_longctx import ops
+from qwen_longctx.ops.aten import roomless
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import reference, weights
-from qwen_longctx.ops.engines import roomless
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SHAPES = [
@@ -69,7 +69,7 @@ def test_no_keys_give_zero_and_minus_infinity(name):
 
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
 def test_rows_before_all_keys_are_empty(name):
-    """More queries than keys under a causal mask: the first rows meet nothing."""
+    """More queries than keys under a causal mask: the first rows attend to nothing."""
     q, k, v = draw((1, 6, 4, 4, 2), torch.float32)
     out, lse = ops.get(name)(q, k, v, causal=True, scale=1.0)
     assert not out[:, :2].any() and bool((lse[..., :2] == -torch.inf).all())
@@ -88,8 +88,8 @@ def test_reference_in_slices_is_the_same(monkeypatch):
 
 def test_weights_are_those_of_the_definition():
     q, k, v = draw((2, 5, 9, 4, 2), torch.float64)
-    found = weights(q, k, causal=True, scale=0.3)
-    out = torch.einsum("bhts,bshd->bthd", found, v.repeat_interleave(2, 2))
+    result = weights(q, k, causal=True, scale=0.3)
+    out = torch.einsum("bhts,bshd->bthd", result, v.repeat_interleave(2, 2))
     torch.testing.assert_close(out, plain(q, k, v, True, 0.3)[0])
 
 
@@ -125,8 +125,8 @@ def test_merge_in_slices(monkeypatch):
 
 
 def test_strides_of_one_row_do_not_depend_on_the_room_of_its_cache():
-    rows = {rows: [torch.zeros(rows, room, 2, 8)[:, :30] for room in (30, 40)] for rows in (1, 2)}
-    found = {rows: [roomless(x) for x in views] for rows, views in rows.items()}
-    assert found[1][0].stride() == found[1][1].stride() != rows[1][1].stride()
-    assert all(torch.equal(a, b) and a.data_ptr() == b.data_ptr() for a, b in zip(found[1], rows[1], strict=True))
-    assert all(a is b for a, b in zip(found[2], rows[2], strict=True))
+    one, two = ([torch.zeros(rows, room, 2, 8)[:, :30] for room in (30, 40)] for rows in (1, 2))
+    views = [roomless(x) for x in one]
+    assert views[0].stride() == views[1].stride() != one[1].stride()
+    assert all(torch.equal(a, b) and a.data_ptr() == b.data_ptr() for a, b in zip(views, one, strict=True))
+    assert all(roomless(x) is x for x in two)

@@ -12,7 +12,7 @@ from qwen_longctx.geometry.positions import Kind, Segment, Span
 from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.store import KeyValues, mean_keys
 from qwen_longctx.ops.columns import columns
-from qwen_longctx.ops.lists import compact
+from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.sparsity.record import SpanRecord
 from qwen_longctx.sparsity.request import Request

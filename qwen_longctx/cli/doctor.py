@@ -16,8 +16,8 @@ def run(args: argparse.Namespace) -> None:
 
     from qwen_longctx import ops, patches
     from qwen_longctx.evaluation.environment import environment
-    from qwen_longctx.ops import fused
-    from qwen_longctx.ops.engines import engine
+    from qwen_longctx.ops import norm
+    from qwen_longctx.ops.engines import dense
 
     about = environment()
     print(f"qwen_longctx {about['qwen_longctx']}, python {about['python']}, {about['platform']}")
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        long, short = (engine(torch.empty(1, tokens, 1, 128, device=device, dtype=dtype)) for tokens in (4096, 1))
+        long, short = (dense(torch.empty(1, tokens, 1, 128, device=device, dtype=dtype)).name for tokens in (4096, 1))
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
         reasons = ops.why_not(device, dtype, 128, 128)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
         when = "on request only, " if chosen == "reference" else ""
         print(f"{device} ({name}): sparse prefill runs {when}on {chosen} ({passed_over or 'the fastest'})")
-        norms = "Liger-Kernel" if fused.runs(torch.empty(1, device=device, dtype=dtype)) else "PyTorch"
+        norms = "Liger-Kernel" if norm.runs(torch.empty(1, device=device, dtype=dtype)) else "PyTorch"
         print(f"{device} ({name}): norms and SwiGLU of long prompts run on {norms}")
 
 

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.geometry.positions import Kind, key_positions, query_positions, selection_positions
-from qwen_longctx.ops.device import uses_triton
-
-_FUSED_TOKENS = 256  # for fewer, as in decode, a Triton launch costs more than the passes saved
+from qwen_longctx.ops import rotate as ops_rotate
 
 
 class Rotation(NamedTuple):
@@ -69,11 +67,7 @@ def rotation(
 
 def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
     """Rotate `x`, shape (batch, tokens, heads, head_dim), by halves (the NeoX layout that Qwen uses)."""
-    if x.shape[1] >= _FUSED_TOKENS and uses_triton(x):
-        from qwen_longctx.ops import gpu
-
-        return gpu.rotate(x, *table)
-    return torch.addcmul(x * table.cos, x.roll(x.shape[-1] // 2, -1), table.sin)
+    return ops_rotate.rotate(x, table.cos, table.sin)
 
 
 class RotaryTables:

@@ -1,17 +1,13 @@
-"""Where the Triton kernels run."""
+"""What a device offers, and which inputs the kernels take."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
-
 import torch
 
+from qwen_longctx.errors import InvalidType
+from qwen_longctx.ops import triton_runtime
 
-@lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed. Importing it is left to the first kernel."""
-    return find_spec("triton") is not None
+HALF = (torch.float16, torch.bfloat16)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -23,9 +19,9 @@ def older_than(device: torch.device, needed: tuple[int, int]) -> str:
     """What `device` lacks if it is no CUDA device of a compute capability; empty if it is one."""
     if device.type != "cuda":
         return "needs a CUDA device"
-    found = capability(device)
+    major, minor = capability(device)
     wanted = ".".join(map(str, needed))
-    return "" if found >= needed else f"needs compute capability {wanted}, this device has {found[0]}.{found[1]}"
+    return "" if (major, minor) >= needed else f"needs compute capability {wanted}, this device has {major}.{minor}"
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:
@@ -38,4 +34,12 @@ def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
     A kernel knows no gradient, so `others` are all other inputs that may ask for one.
     """
-    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not needs_gradient(x, *others)
+    return x.is_cuda and x.dtype != torch.float64 and triton_runtime.AVAILABLE and not needs_gradient(x, *others)
+
+
+def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse tensors of different dtypes, which some fused kernels would misread."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise InvalidType(
+            f"queries are {q.dtype}, keys {k.dtype} and values {v.dtype}: attention takes one dtype, cast them first"
+        )

@@ -1,36 +1,75 @@
-"""PyTorch's fused attention, forward and backward: FlashAttention, cuDNN, efficient attention, the CPU's flash kernel.
-
-Forwards are ``run(q, k, v, causal, scale) -> (out, lse)``. Backwards are
-``run(grad, q, k, v, out, lse, causal, scale) -> (dq, dk, dv)``; `out` and `lse` may be those of a softmax over more keys
-than `k` holds, and the gradients are then exact for the share of these keys. Shapes are as in `ops`. A causal mask is
-given for as many keys as queries only: `pieces` cuts every other call.
-"""
+"""The engines of attention: one row each, the choice among them, and the calls that go through it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from qwen_longctx.errors import InvalidType
-from qwen_longctx.ops.device import capability
-from qwen_longctx.ops.reference import reference, reference_backward
+from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx.ops import aten, fa4, flex
+from qwen_longctx.ops.aten import Gradients, Result
+from qwen_longctx.ops.compact import BlockLists
+from qwen_longctx.ops.device import check_dtypes, needs_gradient
+from qwen_longctx.ops.reference import empty, reference, reference_backward
 
-# cuDNN builds a plan for each new shape, which pays for long spans only; decode would build one per token
-_CUDNN_MIN_QUERIES = 256
-_HALF = (torch.float16, torch.bfloat16)
-_LSE_ALIGNMENT = 32  # the backward of efficient attention reads the log-sum-exp in blocks of this many queries
-_aten = torch.ops.aten
 
-Result = tuple[torch.Tensor, torch.Tensor]
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+class Engine(NamedTuple):
+    """One way to compute attention.
+
+    Attributes
+    ----------
+    name : str
+    function : callable
+        ``function(q, k, v, *, causal, scale) -> (out, lse)``, see `ops`; with the further argument `blocks` where it
+        takes lists. A causal call without lists has as many keys as queries, as `pieces` cuts it.
+    takes_lists : bool
+        Whether it computes attention over block lists.
+    backward : callable or None
+        ``backward(grad, q, k, v, out, lse, *, causal, scale) -> (dq, dk, dv)``, see `backward`.
+    why_not : callable
+        ``why_not(device, dtype, head_dim, size) -> str``: why it cannot take such queries, empty if it can. `size` is
+        the number of queries in a tile; without lists the whole call is one tile.
+    """
+
+    name: str
+    function: Callable[..., Result]
+    takes_lists: bool
+    backward: Callable[..., Gradients] | None
+    why_not: Callable[[torch.device, torch.dtype, int, int], str]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it has a backward. Dense attention takes such engines only: one choice for both directions."""
+        return self.backward is not None
+
+
+def _never(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
+    return ""
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (  # the fastest first
+        Engine("fa4", fa4.fa4, True, None, fa4.why_not),
+        Engine("flex", flex.flex, True, None, flex.why_not),
+        Engine("cpu", aten.cpu, False, aten.cpu_backward, aten.why_not_cpu),
+        Engine("cudnn", aten.cudnn, False, aten.flash_backward, aten.why_not_cudnn),
+        Engine("flash", aten.flash, False, aten.flash_backward, aten.why_not_flash),
+        Engine("efficient", aten.efficient, False, aten.efficient_backward, aten.why_not_efficient),
+        Engine("reference", reference, True, reference_backward, _never),
+    )
+}
+
+
+# --- dense attention ----------------------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
-    """A part of one call that the fused kernels agree on: the queries from `start` to the last, and some keys."""
+    """A part of one call that all engines agree on: the queries from `start` to the last, and some keys."""
 
     start: int
     keys: slice
@@ -40,8 +79,8 @@ class Piece(NamedTuple):
 def pieces(queries: int, keys: int, causal: bool) -> list[Piece]:
     """Cut a call into pieces; a query that attends to no key is in none of them.
 
-    The fused kernels disagree on how a causal mask is aligned when queries and keys differ in number. Here the last
-    query attends to every key, so that such a call is a causal square and the keys before it, which need no mask.
+    The last query attends to every key, so that a causal call is a causal square and the keys before it, which need
+    no mask.
     """
     if queries == 0 or keys == 0:
         return []
@@ -52,40 +91,30 @@ def pieces(queries: int, keys: int, causal: bool) -> list[Piece]:
     return [square, Piece(0, slice(0, past), False)] if past > 0 else [square]
 
 
-def engine(q: torch.Tensor) -> str:
-    """Which fused kernel takes queries like `q`, of shape (batch, queries, heads, head_dim)."""
-    if q.device.type == "cpu" and q.dtype in (*_HALF, torch.float32, torch.float64):
-        return "cpu"
-    if q.device.type != "cuda" or q.dtype == torch.float64:
-        return "reference"
-    if q.dtype not in _HALF:
-        return "efficient"
-    if capability(q.device) < (8, 0):
-        # FlashAttention needs 8.0; efficient attention takes float16 on older devices, bfloat16 does not exist there
-        return "efficient" if q.dtype == torch.float16 else "reference"
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return "efficient"
-    if q.shape[1] >= _CUDNN_MIN_QUERIES and q.shape[-1] in (64, 128) and _has_fast_cudnn(q.device):
-        return "cudnn"
-    return "flash"
+def dense(q: torch.Tensor) -> Engine:
+    """The fastest engine for dense attention of queries like `q`, of shape (batch, queries, heads, head_dim)."""
+    return _dense(q.device, q.dtype, q.shape[-1], q.shape[1])
 
 
-@lru_cache
-def _has_fast_cudnn(device: torch.device) -> bool:
-    return torch.backends.cudnn.is_available() and capability(device) >= (9, 0)
+@lru_cache  # decode asks once for each segment of each layer
+def _dense(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> Engine:
+    rows = (row for row in ENGINES.values() if row.differentiable)
+    return next(row for row in rows if not row.why_not(device, dtype, head_dim, size))
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float) -> list[Result]:
     """Results of the pieces of one call by the fastest engine, each for all queries; there is at least one."""
     check_dtypes(q, k, v)
-    name = engine(q)
-    if name == "reference" or k.shape[1] == 0 or q.shape[1] == 0:
-        return [reference(q, k, v, causal=causal, scale=scale)]
-    run = _FORWARD[name]
-    q, k, v = (_dense_rows(x) for x in (q, k, v))
+    cuts = pieces(q.shape[1], k.shape[1], causal)
+    if not cuts:
+        return [empty(q)]
+    run = dense(q).function
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    if len(cuts) == 1 and cuts[0].start == 0:  # as in decode, where each view would cost time
+        return [run(q, k, v, causal=cuts[0].causal, scale=scale)]
     return [
-        _from_row(piece.start, run(q[:, piece.start :], k[:, piece.keys], v[:, piece.keys], piece.causal, scale))
-        for piece in pieces(q.shape[1], k.shape[1], causal)
+        _from_row(start, run(q[:, start:], k[:, keys], v[:, keys], causal=masked, scale=scale))
+        for start, keys, masked in cuts
     ]
 
 
@@ -113,39 +142,17 @@ def backward(
     causal, scale
         As for the forward.
     """
-    name = engine(q)
-    if name == "reference":
-        return reference_backward(grad, q, k, v, out, lse, causal=causal, scale=scale)
+    run = dense(q).backward
+    assert run is not None
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v = (_dense_rows(x) for x in (q, k, v))
     for start, keys, masked in pieces(q.shape[1], k.shape[1], causal):
-        found = _BACKWARD[name](
-            *(x[:, start:] for x in (grad, q)),
-            *(x[:, keys] for x in (k, v)),
-            out[:, start:],
-            lse[..., start:],
-            masked,
-            scale,
+        grad_some, q_some, out_some = (x[:, start:] for x in (grad, q, out))
+        dq_some, dk[:, keys], dv[:, keys] = run(
+            grad_some, q_some, k[:, keys], v[:, keys], out_some, lse[..., start:], causal=masked, scale=scale
         )
-        dq[:, start:] += found[0]
-        dk[:, keys], dv[:, keys] = found[1], found[2]
+        dq[:, start:] += dq_some
     return dq, dk, dv
-
-
-def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Refuse tensors of different dtypes, which some fused kernels would misread."""
-    if not q.dtype == k.dtype == v.dtype:
-        raise InvalidType(
-            f"queries are {q.dtype}, keys {k.dtype} and values {v.dtype}: attention takes one dtype, cast them first"
-        )
-
-
-def roomless(x: torch.Tensor) -> torch.Tensor:
-    """`x`, where it is one row with strides that tell nothing of the room of the cache it is a view of.
-
-    cuDNN plans for strides, also that of a single row, which nothing reads: caches of other room would plan anew.
-    """
-    return x[0][None] if x.shape[0] == 1 else x
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -161,167 +168,63 @@ def _from_row(start: int, result: Result) -> Result:
     return functional.pad(out, (0, 0, 0, 0, start, 0)), functional.pad(lse, (start, 0), value=-torch.inf)
 
 
-def _cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
-    )
-    return out.transpose(1, 2), lse
+# --- attention over block lists -----------------------------------------------------------------------------------
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, False, scale=scale
-    )
-    return out.transpose(1, 2), lse
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> dict[str, str]:
+    """For every fast engine that takes block lists, fastest first: why it cannot run, empty if it can."""
+    rows = (row for row in ENGINES.values() if row.takes_lists and row.name != "reference")
+    return {row.name: row.why_not(device, dtype, head_dim, size) for row in rows}
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-        *(roomless(x).transpose(1, 2) for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
-    )
-    return out.transpose(1, 2), lse.view(lse.shape[:3])
+def list_kernel(setting: str, device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
+    """Name of the engine that takes block lists for queries of this kind.
 
+    Parameters
+    ----------
+    setting : str
+        The setting `kernel`; "auto" is the fastest that runs there.
+    device, dtype, head_dim
+        Of the queries.
+    size : int
+        Tokens per block.
 
-def _efficient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, scale=scale
-    )
-    return out.transpose(1, 2), lse[..., : q.shape[1]]
-
-
-def _fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Queries of a group of heads side by side: (batch, queries, heads, …) to (batch, queries * group, kv_heads, …)."""
-    return x.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)
-
-
-def _unfold(x: torch.Tensor, group: int) -> torch.Tensor:
-    return x.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
-
-
-def _grouped_forward(run: Callable[..., Result]) -> Callable[..., Result]:
-    """Grouped queries for a kernel that wants as many key heads as query heads.
-
-    The CPU's kernel is one before torch 2.7, and says nothing. Without a mask the heads of a group count as more
-    queries of one head; under a causal mask there is one call for each member of the groups. Keys are never repeated.
+    Raises
+    ------
+    InvalidValue
+        There is no such engine for block lists, or it does not run here.
     """
-
-    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Result:
-        group = q.shape[2] // k.shape[2]
-        if group == 1:
-            return run(q, k, v, causal, scale)
-        if not causal:
-            out, lse = run(_fold(q, k.shape[2]), k, v, False, scale)
-            return _unfold(out, group), _unfold(lse.transpose(1, 2), group).transpose(1, 2)
-        outs, lses = zip(*(run(q[:, :, member::group], k, v, True, scale) for member in range(group)), strict=True)
-        return torch.stack(outs, dim=3).flatten(2, 3), torch.stack(lses, dim=2).flatten(1, 2)
-
-    return grouped
+    rows = [row for row in ENGINES.values() if row.takes_lists]
+    if setting == "auto":
+        return next(row.name for row in rows if not row.why_not(device, dtype, head_dim, size))
+    named = next((row for row in rows if row.name == setting), None)
+    reason = named.why_not(device, dtype, head_dim, size) if named else "takes no block lists"
+    if reason:
+        raise InvalidValue(f'kernel="{setting}" {reason}: choose another, or leave it at "auto"')
+    return setting
 
 
-def _grouped_backward(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """The same for a backward; the gradients of keys and values are summed over the group."""
-
-    def grouped(
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        group = q.shape[2] // k.shape[2]
-        if group == 1:
-            return run(grad, q, k, v, out, lse, causal, scale)
-        if not causal:
-            grad, q, out, lse = (_fold(x, k.shape[2]) for x in (grad, q, out, lse.transpose(1, 2)))
-            dq, dk, dv = run(grad, q, k, v, out, lse.transpose(1, 2), False, scale)
-            return _unfold(dq, group), dk, dv
-        exact = torch.promote_types(k.dtype, torch.float32)
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v))
-        for member in range(group):
-            heads = slice(member, None, group)
-            some = [x[:, :, heads] for x in (grad, q, out)]
-            dq[:, :, heads], dk_member, dv_member = run(*some[:2], k, v, some[2], lse[:, heads], True, scale)
-            dk += dk_member
-            dv += dv_member
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-    return grouped
+def on_lists(name: str) -> Callable[..., Result]:
+    """Attention by the engine called `name`, as ``run(q, k, v, *, causal, scale, blocks) -> (out, lse)``."""
+    return partial(_on_lists, ENGINES[name])
 
 
-def _cpu_backward(
-    grad: torch.Tensor,
+def _on_lists(
+    engine: Engine,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    *,
     causal: bool,
     scale: float,
-) -> Gradients:
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad.contiguous(), q, k, v, out.contiguous()))
-    found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale
-    )
-    return tuple(x.transpose(1, 2) for x in found)
-
-
-def _flash_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> Gradients:
-    """Takes grouped queries as they are; also where cuDNN ran forward, whose own backward plans for each shape."""
-    queries, keys, nothing = q.shape[1], k.shape[1], _no_dropout(q)
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad.contiguous(), q, k, v, out.contiguous()))
-    found = _aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), None, None, queries, keys, 0.0, causal, nothing, nothing, scale=scale
-    )
-    return tuple(x.transpose(1, 2) for x in found)
-
-
-def _efficient_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> Gradients:
-    lse = functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=torch.inf)
-    wanted, nothing = [True, True, True, False], _no_dropout(q)
-    # the kernel takes `out` as contiguous in this order of dimensions whatever its strides say
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad.contiguous(), q, k, v, out.contiguous()))
-    found = _aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, None, out, lse.contiguous(), nothing, nothing, 0.0, wanted, causal, scale=scale
-    )
-    return tuple(x.transpose(1, 2) for x in found[:3])
-
-
-def _no_dropout(x: torch.Tensor) -> torch.Tensor:
-    """In place of the random state of a dropout that is 0."""
-    return torch.zeros((), dtype=torch.int64, device=x.device)
-
-
-_FORWARD = {
-    "cpu": _grouped_forward(_cpu),
-    "flash": _flash,
-    "cudnn": _cudnn,
-    "efficient": _grouped_forward(_efficient),
-}
-_BACKWARD = {
-    "cpu": _grouped_backward(_cpu_backward),
-    "flash": _flash_backward,
-    "cudnn": _flash_backward,
-    "efficient": _grouped_backward(_efficient_backward),
-}
+    blocks: BlockLists,
+) -> Result:
+    check_dtypes(q, k, v)
+    if needs_gradient(q, k, v) and not engine.differentiable:
+        raise Unsupported(
+            f"{engine.name} has no gradient on block lists: run sparse prefill under torch.no_grad(), "
+            'or set sparse="off"'
+        )
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return empty(q)
+    return engine.function(q, k, v, causal=causal, scale=scale, blocks=blocks)

@@ -1,69 +1,114 @@
-"""FlashAttention-4 (``flash_attn.cute``) on block lists: the fastest such kernel on Hopper and newer."""
+"""FlashAttention-4 (``flash_attn.cute``) on block lists: the fastest such engine on Hopper and newer."""
 
 from __future__ import annotations
 
+import threading
+import warnings
 from functools import lru_cache
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from qwen_longctx.ops.device import older_than
-from qwen_longctx.ops.lists import BlockLists
-from qwen_longctx.ops.sdpa import sdpa
+from qwen_longctx.ops.compact import BlockLists
+from qwen_longctx.ops.device import HALF, older_than
 
 BLOCK = 128  # its tile of queries and of keys at the head dims of Qwen
 
 
+class _Muted:
+    """Drops the warnings of the threads inside its ``with`` block, and passes on those of all others.
+
+    The compiler beneath flash-attn-4 deprecates calls of its own, and sets the filters to "always" for each warning: no
+    filter hides it. So this stands in place of ``warnings.showwarning`` while a thread is inside; filters stay as they
+    are, because changing them would show old warnings of other modules again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside: set[int] = set()
+        self._shown: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside.add(threading.get_ident())
+            if warnings.showwarning is not self:
+                self._shown, warnings.showwarning = warnings.showwarning, self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside.discard(threading.get_ident())
+            if not self._inside and warnings.showwarning is self:
+                warnings.showwarning = self._shown
+
+    def __call__(self, *warning: Any, **where: Any) -> None:
+        if threading.get_ident() not in self._inside:
+            self._shown(*warning, **where)
+
+
+_muted = _Muted()
+
+
 def fa4(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over listed blocks; without lists `sdpa`, whose cuDNN is as fast. See `kernels`.
+    """Attention over listed blocks. See `ops`.
 
     The end of the keys is masked in the last block of a list only, hence the ascending lists. With ``causal=True``
     and no mask function every listed block is masked, aligned at the bottom right.
     """
-    if blocks is None or k.shape[1] == 0:
-        return sdpa(q, k, v, causal=causal, scale=scale)
-    from flash_attn.cute import flash_attn_func
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
-    # it wants both lists, of blocks that a mask function masks and of others: there is no mask function
-    lists = BlockSparseTensorsTorch(
-        mask_block_cnt=torch.zeros_like(blocks.counts),
-        mask_block_idx=blocks.indices,
-        full_block_cnt=blocks.counts,
-        full_block_idx=blocks.indices,
-        block_size=(blocks.size, blocks.size),
-    )
-    out, lse, *_ = flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale=scale,
-        causal=causal,
-        pack_gqa=False,  # lists differ between the heads of a group
-        block_sparse_tensors=lists,
-        return_lse=True,
-    )
+    with _muted:
+        flash_attn_func, block_sparse_tensors = _functions()
+        # it wants both lists, of blocks that a mask function masks and of others: there is no mask function
+        lists = block_sparse_tensors(
+            mask_block_cnt=torch.zeros_like(blocks.counts),
+            mask_block_idx=blocks.indices,
+            full_block_cnt=blocks.counts,
+            full_block_idx=blocks.indices,
+            block_size=(blocks.size, blocks.size),
+        )
+        out, lse, *_ = flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=scale,
+            causal=causal,
+            pack_gqa=False,  # lists differ between the heads of a group
+            block_sparse_tensors=lists,
+            return_lse=True,
+        )
     return out, lse
 
 
 @lru_cache
-def _installed() -> bool:
+def _functions() -> tuple[Any, Any]:
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    return flash_attn_func, BlockSparseTensorsTorch
+
+
+@lru_cache
+def _missing() -> str:
+    """What is wrong with the package, empty if it can be imported: one built for another PyTorch, say, cannot."""
     try:
-        return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
-        return False
+        with _muted:
+            _functions()
+    except ModuleNotFoundError as error:
+        known = error.name in ("flash_attn", "flash_attn.cute")
+        return "needs the package flash-attn-4" if known else f"cannot be imported: {error}"
+    except Exception as error:  # whatever its own packages raise; other engines do the work
+        return f"cannot be imported: {error}"
+    return ""
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
-    """Why this kernel cannot take such lists; empty if it can."""
+    """Why this engine cannot take such lists; empty if it can."""
     # on 8.0 it ignores the lists without a word (flash-attention issue 2897)
     if lack := older_than(device, (9, 0)):
         return lack
-    if not _installed():
-        return "needs the package flash-attn-4"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if lack := _missing():
+        return lack
+    if dtype not in HALF:
         return f"takes half precision only, not {dtype}"
     if head_dim not in (64, 128):
         return f"takes lists at head dim 64 and 128 only, not {head_dim}"

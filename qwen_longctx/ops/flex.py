@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 
-from qwen_longctx.ops.device import has_triton, older_than
-from qwen_longctx.ops.lists import BlockLists
-from qwen_longctx.ops.sdpa import sdpa
+from qwen_longctx.ops import triton_runtime
+from qwen_longctx.ops.compact import BlockLists
+from qwen_longctx.ops.device import older_than
 
 _VARIANTS = 64  # to compile: causal or not, one tile or many, whole tiles or not, models of other shapes
 
 
 def flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over listed blocks; without lists `sdpa`. See `kernels`.
+    """Attention over listed blocks. See `ops`.
 
     The mask is built from the lists as they are: ``BlockMask.from_kv_blocks`` would also transpose them for a backward
     pass, through a dense matrix of tiles x blocks for every head.
     """
-    if blocks is None or k.shape[1] == 0:
-        return sdpa(q, k, v, causal=causal, scale=scale)
     with _room_for_variants():
         out, lse = _compiled()(
             q.transpose(1, 2),
@@ -78,10 +76,10 @@ def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMas
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
-    """Why this kernel cannot take such lists; empty if it can."""
+    """Why this engine cannot take such lists; empty if it can."""
     if lack := older_than(device, (8, 0)):
         return lack
-    if not has_triton():
+    if not triton_runtime.AVAILABLE:
         return "needs the package triton"
     if dtype == torch.float64:
         return "takes no float64"

@@ -67,7 +67,8 @@ def attention_with_lse(parts: Sequence[Part], *, scale: float) -> tuple[torch.Te
     """`merged_attention` and its log-sum-exp, shape (batch, heads, queries), whose gradient is refused."""
     kinds = {(part.q.shape, part.q.dtype) for part in parts}
     if len(kinds) != 1:
-        raise InvalidValue(f"attention needs parts whose queries are alike, got {sorted(map(str, kinds)) or 'no parts'}")
+        got = ", ".join(sorted(map(str, kinds))) or "no parts"
+        raise InvalidValue(f"attention needs parts whose queries are alike in shape and dtype, got {got}")
     tensors = [x for part in parts for x in part[:3]]
     return _MergedAttention.apply(tuple(part.causal for part in parts), scale, *tensors)
 
@@ -93,17 +94,18 @@ class _MergedAttention(torch.autograd.Function):
                 'or take kernel="reference"'
             )
         out, lse, *tensors = ctx.saved_tensors
-        found: list[torch.Tensor | None] = [None] * len(tensors)
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
         if grad is None:
-            return None, None, *found
+            return None, None, *gradients
         # a query without any key has the probabilities exp(-inf) = 0 for every logit
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         wanted = _threes(ctx.needs_input_grad[2:])
         for at, (masked, (q, k, v)) in enumerate(zip(ctx.causal, _threes(tensors), strict=True)):
             if any(wanted[at]):
-                each = engines.backward(grad, q, k, v, out, lse, causal=masked, scale=ctx.scale)
-                found[3 * at : 3 * at + 3] = [x if asked else None for x, asked in zip(each, wanted[at], strict=True)]
-        return None, None, *found
+                three = engines.backward(grad, q, k, v, out, lse, causal=masked, scale=ctx.scale)
+                asked = zip(three, wanted[at], strict=True)
+                gradients[3 * at : 3 * at + 3] = [x if needed else None for x, needed in asked]
+        return None, None, *gradients
 
 
 def _threes(items: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -8,8 +8,10 @@ import torch
 
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
 By = Literal["mass", "threshold"]
+_BITS = 31  # of a float32 that is not negative
 
 
 def keep(
@@ -55,9 +57,7 @@ def keep(
         Bool, of the shape of `scores`.
     """
     if uses_triton(scores):
-        from qwen_longctx.ops import gpu
-
-        return gpu.keep(scores, tiles.whole, tiles.visible, amount, by=by, most=most, sink=sink, window=window)
+        return keep_triton(scores, tiles.whole, tiles.visible, amount, by=by, most=most, sink=sink, window=window)
     block = torch.arange(tiles.blocks, device=scores.device)
     whole = block < tiles.whole[:, None]
     always = tiles.sees() & (~whole | (block < sink) | (block >= (tiles.whole - window)[:, None]))
@@ -91,3 +91,101 @@ def _lowest(
     if by == "threshold":
         lowest = torch.maximum(lowest, scores.amax(dim=-1, keepdim=True) * amount[..., None])
     return lowest
+
+
+@on_its_device
+def keep_triton(
+    scores: torch.Tensor,
+    whole: torch.Tensor,
+    visible: torch.Tensor,
+    amount: torch.Tensor,
+    *,
+    by: str,
+    most: torch.Tensor | None,
+    sink: int,
+    window: int | torch.Tensor,
+) -> torch.Tensor:
+    """See `keep`; `whole` and `visible` are those of its tiles."""
+    batch, heads, tiles, blocks = scores.shape
+    kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
+    amount = amount.to(torch.float32).expand(heads, tiles).contiguous()
+    limit = amount if most is None else most.to(torch.int32).expand(heads, tiles).contiguous()
+    width = max(1024, triton.next_power_of_2(blocks))  # each width is compiled anew
+    _keep[(batch * heads * tiles,)](
+        scores.contiguous(),
+        kept,
+        whole,
+        visible,
+        amount,
+        limit,
+        whole - window,
+        heads * tiles,
+        tiles,
+        blocks,
+        sink,
+        MASS=by == "mass",
+        LIMITED=most is not None,
+        BITS=_BITS,
+        WIDTH=width,
+        num_warps=min(16, width // 512),
+    )
+    return kept.view(torch.bool)
+
+
+@triton.jit
+def _keep(  # type: ignore[no-untyped-def]
+    scores,
+    kept,
+    whole,
+    visible,
+    amount,
+    most,
+    near,
+    lists,
+    tiles,
+    blocks,
+    sink,
+    MASS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = row % tiles
+    at = tl.arange(0, WIDTH)
+    seen_whole = tl.load(whole + tile)
+    seen = tl.load(visible + tile)
+    wanted = tl.load(amount + row % lists)
+    score = tl.load(scores + row * blocks + at, mask=(at < blocks) & (at < seen_whole), other=0.0).to(tl.float32)
+    always = (at < seen) & ((at >= seen_whole) | (at < sink) | (at >= tl.load(near + tile)))
+    choice = tl.where(always, 0.0, score)
+    everything = wanted <= 0
+    lowest = tl.max(score, 0) * wanted
+    if MASS:
+        everything = wanted >= 1
+        lowest = tl.full([], 0.0, tl.float32)
+    if MASS or LIMITED:
+        enough = tl.full([], 0, tl.int1)
+        if MASS:
+            missing = wanted * tl.sum(score, 0) - tl.sum(tl.where(always, score, 0.0), 0)
+            enough = missing <= 0
+        if LIMITED:
+            limit = tl.load(most + row % lists)
+            everything = everything & (limit >= seen)
+            room = limit - tl.sum(always.to(tl.int32), 0)
+            enough = enough | (room <= 0)
+        # The largest value that still gathers what is missing or fills the room, one bit of the float at a time
+        bits = choice.to(tl.int32, bitcast=True)
+        low = tl.full([], 0, tl.int32)
+        for step in range(BITS):
+            guess = low | (1 << (BITS - 1 - step))
+            reached = tl.full([], 0, tl.int1)
+            if MASS:
+                reached = tl.sum(tl.where(bits >= guess, choice, 0.0), 0) >= missing
+            if LIMITED:
+                reached = reached | (tl.sum((bits >= guess).to(tl.int32), 0) >= room)
+            low = tl.where(reached, guess, low)
+        lowest = tl.maximum(lowest, tl.where(enough, float("inf"), low.to(tl.float32, bitcast=True)))
+    chosen = (choice > 0) & (choice >= lowest)
+    result = always | chosen | (at < tl.where(everything, seen_whole, 0))
+    tl.store(kept + row * blocks + at, result.to(tl.uint8), mask=at < blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from qwen_longctx.ops.lists import BlockLists
+from qwen_longctx.ops.compact import BlockLists
 
 _LOGITS_AT_A_TIME = 1 << 26  # bounds the logits that exist at once
 
@@ -13,17 +13,24 @@ _LOGITS_AT_A_TIME = 1 << 26  # bounds the logits that exist at once
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float, blocks: BlockLists | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in float32 (float64 for float64 input), a slice of queries at a time. See `kernels`."""
+    """Softmax attention in float32 (float64 for float64 input), a slice of queries at a time. See `ops`."""
     batch, queries, heads, head_dim = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    if k.shape[1] == 0:
-        return torch.zeros_like(q), torch.full((batch, heads, queries), -torch.inf, dtype=exact, device=q.device)
+    if queries == 0 or k.shape[1] == 0:
+        return empty(q)
     if blocks is not None:
         parts = _listed(q, k, v, causal, scale, exact, blocks)
     else:
         step = max(1, _LOGITS_AT_A_TIME // (batch * heads * k.shape[1]))
         parts = [_slice(q, k, v, t, min(t + step, queries), causal, scale, exact) for t in range(0, queries, step)]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=-1)
+
+
+def empty(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `q` to no keys: zeros, and -inf for the log-sum-exp."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=exact, device=q.device)
+    return torch.zeros_like(q), lse
 
 
 def reference_backward(

@@ -11,7 +11,7 @@ import torch
 
 from qwen_longctx.geometry.positions import Kind, Segment, Span
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.lse import joint_lse
+from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.sparsity.budgets import HeadBudgets
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 from qwen_longctx.config import share
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.ops.keep import By, keep
-from qwen_longctx.ops.lse import joint_lse
-from qwen_longctx.ops.scores import block_shares
+from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.lse import joint_lse, row_logits
+from qwen_longctx.ops.row_lse import joint_lse, row_logits
 from qwen_longctx.sparsity.rules.rule import NoOptions, Rule
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
@@ -61,7 +61,8 @@ def indices(
     diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
     # never fewer than the forced ones: among those, equal sums would choose
     distance = _best(diagonal_sums, slashes.clamp(min=FORCED_DIAGONALS))
-    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS)), torch.where(distance < 0, distance, view.span.stop - 1 - distance)
+    distances = torch.where(distance < 0, distance, view.span.stop - 1 - distance)
+    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS)), distances
 
 
 def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

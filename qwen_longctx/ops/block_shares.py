@@ -1,0 +1,161 @@
+"""Share of attention that each block of keys gets from a tile of queries, estimated from means of keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.row_lse import row_logits
+from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LOG2E, ROWS_AT_A_TIME, on_its_device, tl, triton
+
+_LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
+
+
+def block_shares(
+    q: torch.Tensor,
+    means: torch.Tensor,
+    lse: torch.Tensor,
+    limits: torch.Tensor,
+    *,
+    rows: int,
+    per_block: int,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax shares of mean keys, summed by block: the largest that any row of a tile gives it.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Shape (batch, tiles * rows, heads, head_dim): the rows that stand for each tile.
+    means : torch.Tensor
+        Shape (batch, means, kv_heads, head_dim).
+    lse : torch.Tensor
+        Shape (batch, heads, tiles * rows): each row's log-sum-exp over all the means that it attends to.
+    limits : torch.Tensor
+        Shape (tiles * rows,), integer: each row attends to this many of the first means.
+    rows : int
+        Rows per tile.
+    per_block : int
+        Means per block.
+    scale : float
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (batch, heads, tiles, ceil(means / per_block)), float32 (float64 for float64 input).
+    """
+    if uses_triton(q, means, lse):
+        return block_shares_triton(q, means, lse, limits, rows=rows, per_block=per_block, scale=scale)
+    step = rows * max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * rows * means.shape[1]))
+    floor = torch.finfo(lse.dtype).min
+    parts = []
+    for start in range(0, q.shape[1], step):
+        at = slice(start, start + step)
+        logits = row_logits(q[:, at], means, limits[at], scale=scale)
+        shares = torch.exp(logits - lse[:, :, at].clamp(min=floor)[..., None])
+        shares = functional.pad(shares, (0, -means.shape[1] % per_block)).unflatten(3, (-1, per_block)).sum(dim=4)
+        parts.append(shares.unflatten(2, (-1, rows)).amax(dim=3))
+    return torch.cat(parts, dim=2)
+
+
+@on_its_device
+def block_shares_triton(
+    q: torch.Tensor,
+    means: torch.Tensor,
+    lse: torch.Tensor,
+    limits: torch.Tensor,
+    *,
+    rows: int,
+    per_block: int,
+    scale: float,
+) -> torch.Tensor:
+    """See `block_shares`. `rows` and `per_block` are powers of two, at most 64."""
+    batch, queries, heads, head_dim = q.shape
+    tiles, blocks = queries // rows, triton.cdiv(means.shape[1], per_block)
+    shares = torch.zeros((batch, heads, tiles, blocks), dtype=torch.float32, device=q.device)
+    if shares.numel() == 0:
+        return shares
+    grid = (triton.cdiv(queries, ROWS_AT_A_TIME), triton.cdiv(means.shape[1], KEYS_AT_A_TIME), batch * heads)
+    _block_shares[grid](
+        q,
+        means,
+        lse.contiguous(),
+        limits.to(torch.int32),
+        shares,
+        *q.stride()[:3],
+        *means.stride()[:3],
+        queries,
+        means.shape[1],
+        tiles,
+        blocks,
+        heads,
+        heads // means.shape[2],
+        scale * math.log2(math.e),
+        HEAD_DIM=head_dim,
+        DIM=triton.next_power_of_2(head_dim),
+        ROWS=ROWS_AT_A_TIME,
+        KEYS=KEYS_AT_A_TIME,
+        PER_TILE=rows,
+        PER_BLOCK=per_block,
+        num_warps=4,
+    )
+    return shares
+
+
+@triton.jit
+def _block_shares(  # type: ignore[no-untyped-def]
+    q,
+    means,
+    lse,
+    limits,
+    shares,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    queries,
+    keys,
+    tiles,
+    blocks,
+    heads,
+    group,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PER_TILE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+):
+    part, column, owner = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, head = (owner // heads).to(tl.int64), owner % heads
+    row = part * ROWS + tl.arange(0, ROWS)
+    limit = tl.load(limits + row, mask=row < queries, other=0)
+    if column * KEYS >= tl.max(limit, 0):
+        return
+    at = column * KEYS + tl.arange(0, KEYS)
+    dim = tl.arange(0, DIM)
+    inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
+    q_rows = tl.load(
+        q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
+    )
+    mean_keys = tl.load(
+        means + batch * k_batch + (head // group) * k_head + at[None, :].to(tl.int64) * k_token + dim[:, None],
+        mask=(at < keys)[None, :] & (dim < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    row_lse = tl.load(lse + owner.to(tl.int64) * queries + row, mask=row < queries, other=0.0) * LOG2E
+    logits = tl.dot(q_rows, mean_keys, input_precision="ieee") * scale - row_lse[:, None]
+    seen = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
+    share = tl.where(seen, tl.exp2(tl.where(seen, logits, 0.0)), 0.0)
+    share = tl.sum(tl.reshape(share, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
+    share = tl.max(tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK)), 1)
+    tile = part * (ROWS // PER_TILE) + tl.arange(0, ROWS // PER_TILE)
+    block = column * (KEYS // PER_BLOCK) + tl.arange(0, KEYS // PER_BLOCK)
+    place = (owner.to(tl.int64) * tiles + tile[:, None]) * blocks + block[None, :]
+    tl.store(shares + place, share, mask=(tile < tiles)[:, None] & (block < blocks)[None, :])
