@@ -45,7 +45,8 @@ def _check_labels(labels: Any, run: Run, vocabulary: int, ignored: int) -> None:
     wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocabulary))]
     if len(wrong):
         raise InvalidValue(
-            f"labels hold {int(wrong[0])}, the model knows 0 to {vocabulary - 1}: mark tokens without a label by {ignored}"
+            f"labels hold {int(wrong[0])}, the model knows 0 to {vocabulary - 1}: "
+            f"mark tokens without a label by {ignored}"
         )
 
 

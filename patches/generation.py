@@ -104,8 +104,8 @@ def _check_prompt(model: Any, prompt: torch.Tensor, held: int, configs: Configs,
     for number, row in enumerate(call.rows):
         if row.last and row.last < call.end:
             raise InvalidValue(
-                f"row {number} of attention_mask ends with {call.end - row.last} tokens of padding, and generate would go "
-                'on behind them: pad on the left (tokenizer.padding_side = "left")'
+                f"row {number} of attention_mask ends with {call.end - row.last} tokens of padding, and generate would "
+                'go on behind them: pad on the left (tokenizer.padding_side = "left")'
             )
 
 

@@ -214,7 +214,8 @@ def check_ids(inputs: torch.Tensor, vocabulary: int, mode: Mode) -> None:
     if least < 0 or most >= vocabulary:
         wrong = least if least < 0 else most
         raise InvalidValue(
-            f"input_ids hold the token id {wrong}, the model knows 0 to {vocabulary - 1}: does the tokenizer belong to it?"
+            f"input_ids hold the token id {wrong}, the model knows 0 to {vocabulary - 1}: "
+            "does the tokenizer belong to it?"
         )
 
 

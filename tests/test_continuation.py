@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, patched_qwen, unpatch_qwen
@@ -27,7 +27,10 @@ def test_another_geometry_is_refused(make, other):
     with patched_qwen(model):
         model(prompt(100), past_key_values=cache)
     with patched_qwen(model, **other):
-        for call in (lambda: model(prompt(5), past_key_values=cache), lambda: model.generate(prompt(105), past_key_values=cache)):
+        for call in (
+            lambda: model(prompt(5), past_key_values=cache),
+            lambda: model.generate(prompt(105), past_key_values=cache),
+        ):
             with pytest.raises(PatchConflict, match="the cache was filled with chunk_size=64, local_size=16"):
                 call()
     assert cache.get_seq_length() == 100
@@ -41,7 +44,10 @@ def test_an_unpatched_model_is_refused(make):
     patch_qwen(model)
     model(prompt(30), past_key_values=cache)
     unpatch_qwen(model)
-    for call in (lambda: model(prompt(5), past_key_values=cache), lambda: model.generate(prompt(35), past_key_values=cache)):
+    for call in (
+        lambda: model(prompt(5), past_key_values=cache),
+        lambda: model.generate(prompt(35), past_key_values=cache),
+    ):
         with pytest.raises(PatchConflict, match="not patched: patch it again"):
             call()
     patch_qwen(model)
@@ -119,3 +125,18 @@ def test_a_filled_cache_under_another_temperature_is_continued():
         model(prompt(100), past_key_values=cache)
     with patched_qwen(model, original_max_position_embeddings=20, attention_temperature=False):
         assert model(prompt(5), past_key_values=cache).logits.shape == (1, 5, 97)
+
+
+@pytest.mark.parametrize("make", [*CACHES, lambda: StaticCache(config=tiny_model().config, max_cache_len=48)])
+@torch.no_grad()
+def test_a_filled_cache_is_saved_and_loaded(make, tmp_path):
+    """A prompt cache written to disk goes on where it stopped, and still refuses another geometry."""
+    model, cache = tiny_model(dtype=torch.float64), make()
+    with patched_qwen(model):
+        model(prompt(30), past_key_values=cache)
+        torch.save(cache, tmp_path / "cache.pt")
+        wanted = model(prompt(5), past_key_values=cache).logits
+        loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+        torch.testing.assert_close(model(prompt(5), past_key_values=loaded).logits, wanted)
+    with patched_qwen(model, local_size=8), pytest.raises(PatchConflict, match="the cache was filled with"):
+        model(prompt(5), past_key_values=loaded)

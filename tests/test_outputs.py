@@ -33,7 +33,11 @@ def shape(value):
 def assert_same(found, wanted):
     """Tensors of two outputs are equal, in the same order."""
     assert shape(found) == shape(wanted)
-    values = zip(found, wanted, strict=True) if isinstance(found, tuple) else zip(found.values(), wanted.values(), strict=True)
+    values = (
+        zip(found, wanted, strict=True)
+        if isinstance(found, tuple)
+        else zip(found.values(), wanted.values(), strict=True)
+    )
     for a, b in values:
         if isinstance(a, torch.Tensor):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

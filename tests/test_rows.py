@@ -1,4 +1,4 @@
-"""Rows of unequal length: each is the row alone, whatever padding stands before or behind it and whoever counts positions."""
+"""Rows of unequal length: each is the row alone, whatever padding stands before or behind it."""
 
 from __future__ import annotations
 
@@ -133,7 +133,11 @@ def test_a_padded_cache_is_continued_with_its_own_mask_only(mask, make, rows):
     first = first[rows]
     new = torch.randint(1, 97, (2, 4))
     own = torch.cat((first, torch.ones(2, 4).long()), 1)
-    given = {None: None, "all ones": torch.ones_like(own), "shifted": own.roll(-2, 1).index_fill(1, torch.arange(50, 54), 1)}
+    given = {
+        None: None,
+        "all ones": torch.ones_like(own),
+        "shifted": own.roll(-2, 1).index_fill(1, torch.arange(50, 54), 1),
+    }
     with pytest.raises(InvalidValue, match="of the cache begins at token"):
         model(new, attention_mask=given[mask], past_key_values=cache)
     with pytest.raises(InvalidValue, match="of the cache begins at token"):

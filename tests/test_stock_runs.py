@@ -82,15 +82,13 @@ def test_assisted_decoding_with_the_pad_token_in_drafts(assistant_patched):
 @pytest.mark.parametrize("limit", [{"max_length": 10**30}, {"max_new_tokens": 10**9}])
 @torch.no_grad()
 def test_limits_that_nobody_means(limit):
-    """Room is taken for the prompt and one step of growth, whatever the limit says; generation ends at the stop token."""
+    """Room is taken for the prompt and one step of growth; generation ends at the stop token."""
     model = patch_qwen(tiny_model(dtype=torch.float64))
     ids = prompt(100)
     stop = int(model.generate(ids, max_new_tokens=3, do_sample=False)[0, -1])
     rooms: list[int] = []
     model.model.layers[0].register_forward_hook(
-        lambda module, args, kwargs, out: rooms.append(
-            cache_of_call(kwargs).layers[0].store.buffers[0].shape[1]
-        ),
+        lambda module, args, kwargs, out: rooms.append(cache_of_call(kwargs).layers[0].store.buffers[0].shape[1]),
         with_kwargs=True,
     )
     out = model.generate(ids, do_sample=False, eos_token_id=stop, pad_token_id=0, **limit)

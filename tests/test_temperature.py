@@ -1,7 +1,7 @@
 """The attention temperature depends on what is in the cache and in the call, not on the way there.
 
-`True` goes by the prompt: a call that fills an empty cache has the length of the row after it, every later query its own
-position + 1. `"position"` goes by position + 1 always, so any cut of a text into calls gives the same logits.
+`True` goes by the prompt: a call that fills an empty cache has the length of the row after it, every later query its
+own position + 1. `"position"` goes by position + 1 always, so any cut of a text into calls gives the same logits.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def test_by_position_any_cut_gives_the_same(cuts, size):
     patch_qwen(model, original_max_position_embeddings=ORIGINAL, prefill_chunk_size=size)  # "position" is the default
     ids, cache = prompt(135), LongContextCache()
     borders = [0, *cuts, 135]
-    logits = [
-        model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(borders[:-1], borders[1:], strict=True)
-    ]
+    logits = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(borders[:-1], borders[1:], strict=True)]
     wanted = definition(model, ids, list(range(1, 136)))
     torch.testing.assert_close(torch.cat(logits, 1), wanted, atol=1e-5, rtol=1e-5)
 

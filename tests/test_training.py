@@ -167,7 +167,7 @@ def test_embeddings_that_require_gradients():
 
 
 def test_training_never_takes_the_float32_reference(monkeypatch):
-    """Between stride and chunk size too: fused kernels, whose memory grows with the tokens and not with their square."""
+    """Between stride and chunk size too: fused kernels, whose memory does not grow with the square of the tokens."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the reference was called")

@@ -1,9 +1,10 @@
 """What one forward has to attend to, worked out once and shared by all layers.
 
-A call is what the user makes: a prompt, a turn of a chat, one decoded token. A long call is cut into chunks of prefill,
-each of which is a forward with a layout of its own. Which tokens of a padded row are real comes from the attention mask:
-the row's oldest real token stands at position 0, so that a row's positions, chunk borders and attention temperature are
-those of the row alone. Neighbouring rows of equal geometry run together; without padding that is the whole batch.
+A call is what the user makes: a prompt, a turn of a chat, one decoded token. A long call is cut into chunks of
+prefill, each of which is a forward with a layout of its own. Which tokens of a padded row are real comes from the
+attention mask: the row's oldest real token stands at position 0, so that a row's positions, chunk borders and attention
+temperature are those of the row alone. Neighbouring rows of equal geometry run together; without padding that is the
+whole batch.
 """
 
 from __future__ import annotations
@@ -215,8 +216,8 @@ def _check_continuation(call: Call, shifts: frozenset[int], starts: tuple[int, .
     for number, (known, start) in enumerate(zip(starts, call.starts, strict=False)):
         if start != known and known >= 0:
             raise InvalidValue(
-                f"row {number} of the cache begins at token {known}, behind its padding, and the attention_mask of this "
-                f"call says {start} (no mask says 0): give the mask of all tokens, cached ones included"
+                f"row {number} of the cache begins at token {known}, behind its padding, and the attention_mask of "
+                f"this call says {start} (no mask says 0): give the mask of all tokens, cached ones included"
             )
     if not call.shifts <= shifts:
         wrong = min(call.shifts - shifts)
@@ -251,7 +252,8 @@ def _check_positions(position_ids: Any, batch: int, tokens: int) -> None:
         raise InvalidType(f"position_ids must be integers, got {position_ids.dtype}")
     if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
         raise InvalidValue(
-            f"position_ids must have shape (1 or {batch}, {tokens}), one for each token, got {tuple(position_ids.shape)}"
+            f"position_ids must have shape (1 or {batch}, {tokens}), one for each token, "
+            f"got {tuple(position_ids.shape)}"
         )
 
 
@@ -267,7 +269,7 @@ def _unpadded_shift(mask: torch.Tensor | None, position_ids: torch.Tensor | None
 
 
 def _shifts(position_ids: torch.Tensor | None, first: torch.Tensor, real: torch.Tensor, cached: int) -> frozenset[int]:
-    """Position ids minus positions, which must be one number a row; `first` of shape (batch,), `real` (batch, tokens)."""
+    """Position ids minus positions, one number a row; `first` of shape (batch,), `real` (batch, tokens)."""
     if position_ids is None:
         return frozenset({0})
     index = torch.arange(cached, cached + position_ids.shape[1], device=position_ids.device)
@@ -296,7 +298,8 @@ def _read_mask(
     bounds = torch.stack((first, last, real.sum(1), odd.to(first)), 1).tolist()
     if any(values[3] for values in bounds):
         raise InvalidValue(
-            "attention_mask must be 1 at tokens and 0 at padding, it holds other values: an additive mask is not supported"
+            "attention_mask must be 1 at tokens and 0 at padding, it holds other values: "
+            "an additive mask is not supported"
         )
     rows = []
     for begin, stop, count, _ in bounds:
@@ -371,7 +374,7 @@ def _positions(call: Call, start: int, stop: int, device: torch.device) -> torch
 def _groups(
     call: Call, start: int, stop: int, settings: LongContextConfig, dense_end: int
 ) -> tuple[list[RowGroup], list[bool]]:
-    """Groups of equal rows with tokens in ``[start, stop)``, and for each row whether its temperature differs by query."""
+    """Groups of equal rows with tokens in ``[start, stop)``, and whether each row's temperature differs by query."""
     groups: list[RowGroup] = []
     heated: list[bool] = []
     rows = call.rows

@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
@@ -230,7 +231,7 @@ _GUARD = ("update", "reorder_cache", "batch_repeat_interleave", "batch_select_in
 
 
 @lru_cache
-def _guard_of(kind: type) -> type:
+def _guard_of(kind: Any) -> type:
     if kind is DynamicLayer:
         return GuardedLayer
     members = {name: value for name, value in vars(GuardedLayer).items() if name in _GUARD and hasattr(kind, name)}
@@ -241,7 +242,16 @@ def guard(cache: Any) -> None:
     """Let the layers of a cache that a patched model has filled refuse the attention of an unpatched one."""
     for layer in getattr(cache, "layers", ()):
         if not isinstance(layer, LongContextLayer) and not hasattr(layer, "guarded"):
-            layer.__class__ = _guard_of(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _guard_of(kind)
+
+
+def __getattr__(name: str) -> type:
+    """Guarded kinds of transformers' own layers, under the names by which pickled caches ask for them."""
+    kind = getattr(cache_utils, name.removeprefix("Guarded"), None)
+    if kind is None or not name.startswith("Guarded"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _guard_of(kind)
 
 
 def append(

@@ -25,7 +25,7 @@ class KeyValues(Protocol):
 
 
 class Tensors(NamedTuple):
-    """Keys and values as two tensors of shape (batch, tokens, kv_heads, head_dim), as a foreign cache hands them out."""
+    """Keys and values as two tensors of shape (batch, tokens, kv_heads, head_dim), as other caches hand them out."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -64,7 +64,7 @@ class Store:
         self._mean_size = 0
 
     def allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take the room: `k` and `v`, shape (batch, tokens, kv_heads, head_dim), give batch, heads, dtype and device."""
+        """Take the room: `k`, `v` of shape (batch, tokens, kv_heads, head_dim) give batch, heads, dtype and device."""
         room = max(self.capacity, k.shape[1])
         self.buffers = (_room(k, room), _room(v, room))
         self.length, self._means = 0, None
