@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,15 @@ PROBE = (
     "import qwen_longctx.patches.qwen2, qwen_longctx.cli as c; "
     "print(c.BUNDLED.joinpath('model.safetensors').exists(), qwen_longctx.patches.__file__)"
 )
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_ci_runs_the_oldest_releases_of_setup_cfg(name):
+    """Those of `.ci/oldest.txt` are the floors of setup.cfg, up to the last number."""
+    (floor,) = re.findall(rf"^ +{name} >=([\d.]+)", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    (oldest,) = re.findall(rf"^{name}==([\d.]+)", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE)
+    assert oldest.rpartition(".")[0] == floor
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +66,14 @@ def install(python, *arguments, cwd):
     return call(python, "-m", "pip", "install", "-q", "--no-deps", *arguments, cwd=cwd)
 
 
+@slow
 def test_wheel_and_from_inside_the_checkout(python, checkout, tmp_path):
     install(python, "--force-reinstall", str(checkout), cwd=tmp_path)
     assert tmp_path in probe(python, tmp_path).parents
     assert probe(python, checkout) == checkout / "patches" / "__init__.py"
 
 
+@slow
 def test_sdist(python, checkout, tmp_path):
     call(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, cwd=checkout)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -70,11 +81,13 @@ def test_sdist(python, checkout, tmp_path):
     assert tmp_path in probe(python, tmp_path).parents
 
 
+@slow
 def test_editable(python, checkout, tmp_path):
     install(python, "--force-reinstall", "-e", str(checkout), cwd=tmp_path)
     assert probe(python, tmp_path) == checkout / "patches" / "__init__.py"
 
 
+@slow
 def test_old_pip_editable(python, checkout, tmp_path):
     """pip 23.2.1 with `wheel` present: without pyproject.toml it would lose the patches."""
     call(python, "-m", "pip", "install", "-q", "pip==23.2.1", "wheel", "setuptools", cwd=tmp_path)
@@ -82,5 +95,6 @@ def test_old_pip_editable(python, checkout, tmp_path):
     assert probe(python, tmp_path) == checkout / "patches" / "__init__.py"
 
 
+@slow
 def test_uninstalled_checkout(python, checkout):
     assert probe(python, checkout) == checkout / "patches" / "__init__.py"

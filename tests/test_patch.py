@@ -131,8 +131,9 @@ def test_restored_after_an_error_inside_the_block():
 
 def test_the_attention_implementation_is_restored_after_an_error():
     model = patch_qwen(tiny_model("qwen2"))
-    with pytest.raises(IndexError):
-        model(torch.tensor([[10**6]]))
+    model.model.layers[1].register_forward_pre_hook(lambda *_: {}["broken"])
+    with pytest.raises(KeyError, match="broken"):
+        model(torch.tensor([[5, 6, 7]]))
     assert model.config._attn_implementation == "sdpa"
 
 
