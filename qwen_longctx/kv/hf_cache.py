@@ -6,7 +6,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
@@ -209,7 +208,7 @@ def _guarded_reorder(self: Any, beam_idx: torch.Tensor) -> None:
 
 def _guarded_repeat(self: Any, repeats: int) -> None:
     self.guarded.batch_repeat_interleave(self, repeats)
-    follow_rows(self, torch.arange(len(getattr(self, "row_starts", ()))).repeat_interleave(repeats))
+    follow_rows(self, torch.arange(len(getattr(self, "origins", ()))).repeat_interleave(repeats))
 
 
 def _guarded_select(self: Any, indices: torch.Tensor) -> None:
@@ -217,25 +216,29 @@ def _guarded_select(self: Any, indices: torch.Tensor) -> None:
     follow_rows(self, indices)
 
 
-class GuardedLayer(DynamicLayer):
-    """A layer of a `DynamicCache` that a patched model has filled."""
-
-    guarded = DynamicLayer
-    update = _guarded_update
-    reorder_cache = _guarded_reorder
-    batch_repeat_interleave = _guarded_repeat
-    batch_select_indices = _guarded_select
+def _guarded_reduce(self: Any) -> tuple[Any, ...]:
+    return _new_guarded, (self.guarded,), dict(vars(self))
 
 
-_GUARD = ("update", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+def _new_guarded(kind: Any) -> Any:
+    """An empty guarded layer, for copies and pickles: they know the class that is guarded, and not the guard's."""
+    return object.__new__(_guard_of(kind))
+
+
+_GUARD = {
+    "update": _guarded_update,
+    "reorder_cache": _guarded_reorder,
+    "batch_repeat_interleave": _guarded_repeat,
+    "batch_select_indices": _guarded_select,
+    "__reduce__": _guarded_reduce,
+}
 
 
 @lru_cache
 def _guard_of(kind: Any) -> type:
-    if kind is DynamicLayer:
-        return GuardedLayer
-    members = {name: value for name, value in vars(GuardedLayer).items() if name in _GUARD and hasattr(kind, name)}
-    return type(f"Guarded{kind.__name__}", (kind,), {**members, "guarded": kind})
+    """The class of layers of a kind that a patched model has filled."""
+    members = {name: value for name, value in _GUARD.items() if hasattr(kind, name)}
+    return type(f"Guarded{kind.__name__}", (kind,), {**members, "guarded": kind, "__module__": __name__})
 
 
 def guard(cache: Any) -> None:
@@ -244,14 +247,6 @@ def guard(cache: Any) -> None:
         if not isinstance(layer, LongContextLayer) and not hasattr(layer, "guarded"):
             kind: Any = type(layer)
             layer.__class__ = _guard_of(kind)
-
-
-def __getattr__(name: str) -> type:
-    """Guarded kinds of transformers' own layers, under the names by which pickled caches ask for them."""
-    kind = getattr(cache_utils, name.removeprefix("Guarded"), None)
-    if kind is None or not name.startswith("Guarded"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _guard_of(kind)
 
 
 def append(

@@ -67,7 +67,7 @@ class Run:
             yield
             return
         geometry = self.settings.chunk_size, self.settings.local_size
-        with transaction(self.cache, geometry, self.call.shifts, self.call.starts):
+        with transaction(self.cache, geometry, self.call.origins):
             if self.mode == "decode":
                 yield
             else:
