@@ -19,8 +19,8 @@ from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
 
 NO_CONTINUOUS_BATCHING = (
-    "generate_batch (continuous batching) is not supported with a patched model: it packs all rows into one, on a paged "
-    "cache and without a mask. Use generate() with a batch that is padded on the left, or unpatch_qwen() first"
+    "generate_batch (continuous batching) is not supported with a patched model: it packs all rows into one, on a "
+    "paged cache and without a mask. Use generate() with a batch that is padded on the left, or unpatch_qwen() first"
 )
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 

@@ -230,10 +230,12 @@ def _continued(call: Call, known: tuple[Origin, ...]) -> Call:
                 f"this call says {new.first} (no mask says 0): give the mask of all tokens, cached ones included"
             )
         if new.shift not in (0, old.shift):
+            again = new.shift == old.first - call.cached  # positions from 0 on
             raise InvalidValue(
                 f"position_ids do not continue the cache: the first new token of row {number} stands "
-                f"{new.shift - old.shift:+d} tokens from where the cached tokens of the row end. Leave position_ids "
-                "out, or start with a new cache"
+                f"{new.shift - old.shift:+d} tokens from where the cached tokens of the row end"
+                + (", as if the text began again (assisted decoding does so beside a filled cache)" if again else "")
+                + ". Leave position_ids out, or start with a new cache"
             )
         origins.append(old)
     return replace(call, origins=tuple(origins))
