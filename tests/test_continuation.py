@@ -198,3 +198,26 @@ def test_layers_of_any_kind_are_copied_and_pickled():
         assert [type(layer).guarded for layer in copied.layers] == [OwnLayer] * 2
         found = model(prompt(5), past_key_values=copied).logits
         torch.testing.assert_close(found, model(torch.cat((prompt(60), prompt(5)), 1)).logits[:, 60:])
+
+
+@pytest.mark.parametrize("make", CACHES)
+@pytest.mark.parametrize("tokens", [40, 60])
+@torch.no_grad()
+def test_an_emptied_cache_serves_a_stock_model(make, tokens):
+    """What the patch knew of it is forgotten: no padding, no geometry, and no keys beyond the first chunk."""
+    model, cache = tiny_model(dtype=torch.float64), make()
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, :30] = 0
+    with patched_qwen(model):
+        model(prompt(90, 2), attention_mask=mask, past_key_values=cache)
+    cache.crop(-90)
+    parts = [model(prompt(tokens, 2)[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, tokens))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(prompt(tokens, 2)).logits, atol=1e-5, rtol=1e-5)
+    with patched_qwen(model):
+        if tokens == 60:
+            with pytest.raises(PatchConflict, match="the cache holds 60 tokens, 60 of which this patch did not write"):
+                model(prompt(5, 2), past_key_values=cache)
+        else:
+            found = model(prompt(5, 2), past_key_values=cache).logits
+            whole = torch.cat((prompt(40, 2), prompt(5, 2)), 1)
+            torch.testing.assert_close(found, model(whole).logits[:, 40:], atol=1e-5, rtol=1e-5)

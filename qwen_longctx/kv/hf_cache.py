@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
-from qwen_longctx.kv.sequence import Sequence, follow_rows
+from qwen_longctx.kv.sequence import Sequence, follow_rows, forget
 from qwen_longctx.kv.store import Store, Tensors
 
 _MOST = 1 << 40  # tokens: no machine holds more, and sizes in bytes stay within 64 bits
@@ -165,6 +165,8 @@ class LongContextCache(DynamicCache):
         PatchConflict
             The cache holds keys of a patched model.
         """
+        if layer_idx == 0 and self.get_seq_length() == 0:
+            forget(self)
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -194,11 +196,16 @@ class LongContextCache(DynamicCache):
 
 
 def _guarded_update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The update of a layer that a patched model has filled: refuses the attention of an unpatched one."""
-    ours = any(isinstance(extra, dict) and extra.get(_OURS) for extra in (*args, kwargs.get("cache_kwargs")))
-    if not ours:
+    """The update of a layer that a patched model has filled: refuses the attention of an unpatched one.
+
+    A layer that was emptied since then is no longer guarded, and an unpatched model may fill it.
+    """
+    guarded = self.guarded
+    if not any(isinstance(extra, dict) and extra.get(_OURS) for extra in (*args, kwargs.get("cache_kwargs"))):
         _refuse_stock(self.get_seq_length())
-    return self.guarded.update(self, key_states, value_states, *args, **kwargs)
+        self.__class__ = guarded
+        vars(self).pop("origins", None)
+    return guarded.update(self, key_states, value_states, *args, **kwargs)
 
 
 def _guarded_reorder(self: Any, beam_idx: torch.Tensor) -> None:

@@ -119,8 +119,9 @@ def open_cache(cache: Any, geometry: tuple[int, int], layers: int) -> Sequence:
             f"the cache holds {len(lengths)} layers and the model has {layers}: it is the cache of another model. "
             "Start with a new cache"
         )
-    if held < state.length:
-        state.length = held
+    if state.length and not origins_of(cache):  # emptied, and filled by an unpatched model
+        state.length, state.geometry = 0, None
+    state.length = min(state.length, held)
     stride = geometry[0] - geometry[1]
     if held > state.length and held > stride:
         raise PatchConflict(
@@ -141,6 +142,8 @@ def forget(cache: Any) -> None:
     if state.length or state.geometry or state.broken:
         state.length, state.geometry, state.broken = 0, None, ""
         state.sparse = SparseState()
+    for layer in getattr(cache, "layers", ())[:1]:
+        vars(layer).pop("origins", None)
 
 
 @contextmanager
@@ -179,7 +182,7 @@ def roll_back(cache: Any, length: int) -> None:
         if hasattr(layer, "truncate"):
             layer.truncate(length)
         elif _is_plain(layer) and getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+            _roll_back_plain(layer, length)
         elif type(layer).__name__.endswith("StaticLayer"):
             _roll_back_static(layer, length)
         elif length == 0:
@@ -187,6 +190,13 @@ def roll_back(cache: Any, length: int) -> None:
         if _length(layer) != length:
             state.broken = f"a call was interrupted, and {type(layer).__name__} cannot give its tokens back"
     state.length = min(state.length, length)
+
+
+def _roll_back_plain(layer: Any, length: int) -> None:
+    """Cut the tensors of a layer; an empty one is as new, and takes another batch."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        setattr(layer, name, held[..., :length, :] if length else held.new_empty(0))
 
 
 def _roll_back_static(layer: Any, length: int) -> None:
