@@ -89,10 +89,10 @@ def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
     """What the first forward is given; None where generate makes its own beginning of a text."""
     embeds = arguments.get("inputs_embeds")
     ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
-    found = ids if embeds is None else embeds
-    if found is not None:
-        given_inputs({"input_ids": found} if embeds is None else {"inputs_embeds": found})
-    return found
+    prompt = ids if embeds is None else embeds
+    if prompt is not None:
+        given_inputs({"input_ids": prompt} if embeds is None else {"inputs_embeds": prompt})
+    return prompt
 
 
 def _option(configs: Configs, arguments: dict[str, Any], name: str) -> Any:

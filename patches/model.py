@@ -182,8 +182,8 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:
     """The settings of the `generate` in progress, which read them once, or those in force now."""
-    found = None if cache is None else sequence_of(cache).settings
-    return patched.settings(config) if found is None else found
+    settings = None if cache is None else sequence_of(cache).settings
+    return patched.settings(config) if settings is None else settings
 
 
 def _wants_new_cache(model: Any, base: Any, mode: Mode, arguments: dict[str, Any], chunked: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Everything that generate offers, on prompts that meet all three kinds of segments, prefilled in chunks."""
+"""Everything that generate offers, on prompts that reach all three kinds of segments, prefilled in chunks."""
 
 from __future__ import annotations
 

@@ -357,10 +357,10 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
-    groups, heated = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
+    groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)
-    heat = _heat(call, positions, heated, settings, device) if heated else None
+    factors = _query_factors(call, positions, varying, settings, device) if varying else None
     tables = RotaryTables(
         positions,
         kinds,
@@ -369,7 +369,7 @@ def make_layout(
         rotary.inv_freq,
         rotary.attention_scaling,
         dtype,
-        heat,
+        factors,
     )
     everything = slice(0, len(call.rows)), slice(0, stop - start)
     covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == everything
@@ -390,7 +390,7 @@ def _groups(
 ) -> tuple[list[RowGroup], list[bool]]:
     """Groups of equal rows with tokens in ``[start, stop)``, and whether each row's temperature differs by query."""
     groups: list[RowGroup] = []
-    heated: list[bool] = []
+    varying: list[bool] = []
     rows = call.rows
     begin = 0
     for end in range(1, len(rows) + 1):
@@ -403,14 +403,14 @@ def _groups(
             at, to = first - row.first, last - row.first
             border = row.last - row.first - dense_end
             cut = min(max(at, border), to)
-            found = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
+            parts = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
             ends = [_temperature(call, row, position, settings) for position in (at, to - 1)]
             one = ends[0] if ends[0] == ends[1] else 1.0
             queries = slice(first - start, last - start)
-            groups.append(RowGroup(slice(begin, end), queries, row.first, found, one, border))
-        heated += [ends[0] != ends[1]] * (end - begin)
+            groups.append(RowGroup(slice(begin, end), queries, row.first, parts, one, border))
+        varying += [ends[0] != ends[1]] * (end - begin)
         begin = end
-    return groups, heated if any(heated) else []
+    return groups, varying if any(varying) else []
 
 
 def _temperature(call: Call, row: Extent, position: int, settings: LongContextConfig) -> float:
@@ -419,15 +419,15 @@ def _temperature(call: Call, row: Extent, position: int, settings: LongContextCo
     return settings.temperature(position + 1 if by_position else call.temperature_length(row, position))
 
 
-def _heat(
-    call: Call, positions: torch.Tensor, heated: list[bool], settings: LongContextConfig, device: torch.device
+def _query_factors(
+    call: Call, positions: torch.Tensor, varying: list[bool], settings: LongContextConfig, device: torch.device
 ) -> torch.Tensor:
-    """``f²`` of every query of the rows that are `heated`, shape (rows, tokens), float64; 1 in the others."""
+    """``f²`` of every query of the rows in which it is `varying`, shape (rows, tokens), float64; 1 in the others."""
     by_position = settings.attention_temperature == "position"
     prompts = [0 if by_position else min(row.last, call.prompt) - row.first for row in call.rows]
-    if positions.shape[0] == 1 and len(set(zip(prompts, heated, strict=True))) == 1:
-        prompts, heated = prompts[:1], heated[:1]
+    if positions.shape[0] == 1 and len(set(zip(prompts, varying, strict=True))) == 1:
+        prompts, varying = prompts[:1], varying[:1]
     exact = torch.float32 if device.type == "mps" else torch.float64
     lengths = torch.maximum(positions + 1, torch.tensor(prompts, device=device)[:, None]).to(exact)
     factor = (0.1 * (lengths / settings.original_max_position_embeddings).log() + 1.0).clamp(min=1.0) ** 2
-    return factor.where(torch.tensor(heated, device=device)[:, None], 1.0)
+    return factor.where(torch.tensor(varying, device=device)[:, None], 1.0)

@@ -55,11 +55,11 @@ class Sequence:
 
 def sequence_of(cache: Any) -> Sequence:
     """The state of the sequence in any cache; one is put there if there is none yet."""
-    found = getattr(cache, _ATTRIBUTE, None)
-    if found is None:
-        found = Sequence()
-        setattr(cache, _ATTRIBUTE, found)
-    return found
+    state = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        state = Sequence()
+        setattr(cache, _ATTRIBUTE, state)
+    return state
 
 
 def origins_of(cache: Any) -> tuple[Origin, ...]:
