@@ -155,3 +155,11 @@ def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, sett
     free, _ = torch.cuda.mem_get_info(prompt.device)
     reusable = torch.cuda.memory_reserved(prompt.device) - torch.cuda.memory_allocated(prompt.device)
     memory.check_fits(model.config, length, rows, model.dtype, free + reusable, settings)
+
+
+def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
+    """Refuse continuous batching, which packs the tokens of many requests into one row without a mask."""
+    raise Unsupported(
+        f"{patched.name} (continuous batching) packs requests into one row, which dual chunk attention cannot tell "
+        "apart: call generate() with a batch that is padded on the left, or unpatch_qwen() first"
+    )

@@ -10,7 +10,7 @@ from transformers.cache_utils import StaticCache
 from qwen_longctx import sparsity
 from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
@@ -53,9 +53,22 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     # a mask of four dimensions is handed on as it is, so transformers builds none of queries x keys
     arguments["attention_mask"] = torch.empty((0, 0, 0, 0), device=inputs.device)
     outputs = patched.call(model, dual_chunk=layout, **arguments)
+    _check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
     return outputs
+
+
+def _check_attended(model: Any, layout: Layout) -> None:
+    """Refuse results to which an attention that knows nothing of the layout has contributed."""
+    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
+    wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
+    if len(layout.attended) < wanted:
+        raise PatchConflict(
+            f"{wanted - len(layout.attended)} of {wanted} attention layers did not use dual chunk attention: their "
+            "forward was replaced after patch_qwen(), or a layer in between drops keyword arguments. Patch the model "
+            "last, or without the other library"
+        )
 
 
 @torch.compiler.disable
