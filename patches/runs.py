@@ -20,7 +20,6 @@ from torch import nn
 
 from qwen_longctx.errors import PatchConflict
 
-
 _LOOKS = 20  # at a thread, until it is not just in between two frames
 
 
