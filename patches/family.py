@@ -97,8 +97,8 @@ REPLACEMENTS = (
         is_run=True,
     ),
     Replacement("ForCausalLM", "generate", generate, ("inputs", "generation_config", "kwargs"), _GENERATE, is_run=True),
-    Replacement("ForCausalLM", "generate_batch", refuse_batching, vital=True),
-    Replacement("ForCausalLM", "init_continuous_batching", refuse_batching, vital=True),
+    Replacement("ForCausalLM", "generate_batch", refuse_batching),
+    Replacement("ForCausalLM", "init_continuous_batching", refuse_batching),
 )
 
 
