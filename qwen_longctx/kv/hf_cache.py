@@ -254,6 +254,7 @@ def __getattr__(name: str) -> type:
     return _guard_of(kind)
 
 
+@torch.compiler.disable  # torch 2.6 loses buffers that a graph takes; later ones get more graphs where they trace it
 def append(
     cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None = None
 ) -> Store | Tensors:
