@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
@@ -154,4 +155,4 @@ def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, sett
         return
     free, _ = torch.cuda.mem_get_info(prompt.device)
     reusable = torch.cuda.memory_reserved(prompt.device) - torch.cuda.memory_allocated(prompt.device)
-    memory.check_fits(model.config, length, rows, model.dtype, free + reusable, settings)
+    memory.check_fits(local_shape(model), length, rows, model.dtype, free + reusable, settings)

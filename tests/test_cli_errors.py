@@ -195,7 +195,7 @@ CHECKPOINTS = [
     (broken_config, ("cannot load the config",)),
     (a_list_as_config, ("cannot load the config",)),
     (no_config, ("cannot load the config",)),
-    (no_qwen, ("is a model of type 'llama': only qwen2, qwen2_moe, qwen3, qwen3_moe can be patched",)),
+    (no_qwen, ("is a model of type 'llama': name one of those known, qwen2, qwen2_moe, qwen3, qwen3_moe",)),
     (of_no_known_type, ("cannot load the config", "qwen99")),
     (layers_in_words, ("cannot load the config",)),
 ]

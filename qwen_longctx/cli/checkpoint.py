@@ -29,15 +29,23 @@ def load_config(name: str, any_model: bool = False) -> Any:
 
     with _reading("config", name):
         config = AutoConfig.from_pretrained(name)
-    if not any_model:
-        from qwen_longctx import patches
-
-        known = [family.module for family in patches.FAMILIES]
-        if config.model_type not in known:
-            raise Unsupported(
-                f"{name} is a model of type {config.model_type!r}: only {', '.join(known)} can be patched. Name another"
-            )
+    if not any_model and not _is_qwen(config):
+        known = ", ".join(_families())
+        raise Unsupported(f"{name} is a model of type {config.model_type!r}: name one of those known, {known}")
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise Unsupported(f"{name} has a vocabulary of {vocabulary} tokens: name a whole checkpoint of a text model")
     return config
+
+
+def _families() -> list[str]:
+    from qwen_longctx import patches
+
+    return [family.module for family in patches.FAMILIES]
+
+
+def _is_qwen(config: Any) -> bool:
+    return config.model_type in _families()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -84,17 +92,24 @@ def load_model(args: argparse.Namespace) -> Any:
 def check_room(config: Any, lengths: list[int], dtype: str) -> None:
     """Refuse runs that no memory of this machine can hold, before anything is loaded.
 
+    Of models that cannot be patched nothing is known.
+
     Raises
     ------
     DoesNotFit
-        Weights and KV cache of the longest run are larger than all memory of the machine and its GPUs.
+        The KV cache of the longest run is larger than all memory of the machine and its GPUs.
+    InvalidValue
+        The config names a size that no model has.
     """
     import torch
 
+    from qwen_longctx.checkpoint import Shape
     from qwen_longctx.prefill import memory
 
+    if not _is_qwen(config):
+        return
     longest = max(lengths)
-    needed = memory.kv_bytes(config, getattr(torch, dtype)) * longest
+    needed = memory.kv_bytes(Shape.of(config), getattr(torch, dtype)) * longest
     room = _memory_of_the_machine()
     if needed > room:
         raise DoesNotFit(
