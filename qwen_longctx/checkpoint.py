@@ -8,7 +8,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_longctx.errors import InvalidType, InvalidValue
@@ -89,7 +88,8 @@ def _size(config: Any, name: str) -> int:
     value = getattr(config, name, None)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise InvalidValue(
-            f"{name} of the checkpoint's config must be a whole number from 1 on, got {value!r:.80}: correct config.json"
+            f"{name} of the checkpoint's config must be a whole number from 1 on, got {value!r:.80}: "
+            "correct config.json"
         )
     return int(value)
 
@@ -202,11 +202,8 @@ def settings_of(config: Any, chunk_size: Any = None) -> dict[str, Any]:
     values = {key: given[key] for key in (*GEOMETRY_KEYS, *SPARSE_KEYS) if key in given}
     if "sparse_attention_last_q" in given:
         values["last_q"] = given["sparse_attention_last_q"]
-    budgets = values.get("sparse_attention_config")
-    if (
-        isinstance(budgets, str) and budgets != "minference"
-    ):  # a file beside the checkpoint, not in the working directory
-        values["sparse_attention_config"] = str(Path(getattr(config, "name_or_path", "") or "") / budgets)
+    if isinstance(given.get("sparse_attention_config"), str) and given["sparse_attention_config"] != "minference":
+        del values["sparse_attention_config"]  # names a file beside the checkpoint, which `budgets.own_file` looks for
     trained = trained_length(config)
     if chunk_size is None:
         chunk_size = values.get("chunk_size", trained)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx.errors import InvalidValue
+from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.patches.method import cache_of
 
@@ -125,9 +125,12 @@ def check_tokens(ids: torch.Tensor, vocabulary: int) -> None:
 
     Raises
     ------
-    InvalidValue
+    InvalidValue, InvalidType
     """
-    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+    if not isinstance(ids, torch.Tensor):
+        raise InvalidType(f"a text must be a tensor of token ids, got {type(ids).__name__}")
+    wrong = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or wrong:
         raise InvalidValue(
             f"a text must be token ids of shape (1, tokens), got {ids.dtype} of shape {tuple(ids.shape)}: "
             "give whole numbers, one row at a time"
