@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen
 from qwen_longctx.cli import BUNDLED, main
-from qwen_longctx.errors import MissingFile
+from qwen_longctx.errors import MissingFile, NotFinite
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import mean_keys
@@ -215,7 +215,7 @@ def test_a_warning_says_once_that_attention_is_approximate(caplog):
 def test_broken_activations_stop_the_run():
     model = patch_qwen(long_model(), **ON)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="layer 1, tokens .* recalls nan .* 'reference'"):
+    with pytest.raises(NotFinite, match="layer 1, tokens .* 'reference', recalls nan: the activations .* not finite"):
         logits(model, prompt(500))
 
 
