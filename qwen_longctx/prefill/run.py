@@ -76,7 +76,7 @@ class Run:
             self.sparse.state.check()
 
     def _tokens_of_prompt(self, end: int | None) -> int:
-        """Tokens of this call that are a prompt's, not new ones or drafts; `end` is the `prompt_end` of the sequence."""
+        """Tokens of this call that are of a prompt, not new ones or drafts; `end` is that of the sequence's prompt."""
         if end is not None:
             return max(0, min(end, self.call.end) - self.call.cached)
         return 0 if self.mode == "decode" and self.call.cached else self.tokens
