@@ -228,7 +228,11 @@ SHORT = ["quality", *B, "--lengths", "512", "--judged", "9"]
 REQUESTS = [
     (["passkey", *B, "--lengths", "20"], "length must be at least"),
     (["passkey", *B, "--lengths", "1000000000000"], "ask for fewer tokens"),
-    (["quality", *B, "--lengths", "512"], "judged must be between 1 and 511 for a text of 512 tokens, got 8192"),
+    (["quality", *B, "--lengths", "1"], "a text must have at least 2 tokens, one to judge and one before it, got 1"),
+    (
+        ["quality", *B, "--lengths", "512", "--judged", "8192"],
+        "judged must be between 1 and 511 for a text of 512 tokens, got 8192",
+    ),
     (["quality", *B, "--lengths", "900", "512", "--judged", "512"], "judged must be between 1 and 511"),
     (
         [*SHORT, "--packages", "os.path"],

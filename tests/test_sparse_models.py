@@ -470,6 +470,9 @@ def test_source_code_is_real_text_of_exact_length():
     assert corpus.fingerprint(ids) == corpus.fingerprint(ids.clone()) != corpus.fingerprint(ids + 1)
     with pytest.raises(ValueError, match="package 'no_such_package' is not installed"):
         corpus.source_code(tokenizer, 300, "no_such_package")
+    for length in (0, -5):
+        with pytest.raises(ValueError, match=f"a text must have at least 1 token, got {length}"):
+            corpus.source_code(tokenizer, length, "qwen_longctx")
     with pytest.raises(ValueError, match="name a larger package"):
         corpus.source_code(tokenizer, 10_000_000, "qwen_longctx")
 
@@ -502,6 +505,24 @@ def test_quality_command(tmp_path):
     assert dense["passkeys"] == "1/1" and found["texts"][0]["fingerprint"]
     pytest.importorskip("matplotlib")
     assert main(["plot", str(output), "--output", str(plot)]) == 0 and plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "judged"), [(2, 1), (3, 1), (512, 256), (16383, 8191), (16384, 8192), (10**6, 8192)]
+)
+def test_half_of_a_short_text_is_judged(tokens, judged):
+    assert quality.default_judged(tokens) == judged
+
+
+def test_quality_of_short_texts_needs_no_judged(tmp_path):
+    """Each text has its own default; a length that is given twice is one text."""
+    output = tmp_path / "quality.json"
+    command = ["quality", "--model", str(BUNDLED), "--lengths", "64", "512", "64", "--dtype", "float32"]
+    assert main([*command, "--packages", "qwen_longctx", "--variants", "off", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["tokens"], row["judged"], row["variant"]) for row in rows] == [
+        (tokens, tokens // 2, variant) for tokens in (64, 512) for variant in ("dense", "off")
+    ]
 
 
 def test_points_of_a_plot_are_means_over_texts():
