@@ -149,7 +149,8 @@ def _place(model: Any) -> tuple[int, int | None]:
 
 def head_dim(config: Any) -> int:
     """Numbers a head of a transformers config, which need not say it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    said = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if said is None else said
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

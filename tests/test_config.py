@@ -122,6 +122,7 @@ SIZES = [
     ({"hidden_size": -8}, "hidden_size .* got -8"),
     ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) .* must divide num_attention_heads \(4\)"),
     ({"num_key_value_heads": 0}, "num_key_value_heads .* got 0"),
+    ({"head_dim": 0}, "a head of the checkpoint has 0 numbers"),
     ({"head_dim": 7}, "a head of the checkpoint has 7 numbers"),
     ({"head_dim": None, "hidden_size": 2}, "a head of the checkpoint has 0 numbers"),
 ]

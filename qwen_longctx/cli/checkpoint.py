@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qwen_longctx.errors import DoesNotFit, MissingFile, Refused, Unsupported
+from qwen_longctx.errors import DoesNotFit, InvalidValue, MissingFile, Refused, Unsupported
 
 
 def load_config(name: str, any_model: bool = False) -> Any:
@@ -71,12 +71,14 @@ def load_model(args: argparse.Namespace) -> Any:
 
     Raises
     ------
-    MissingFile
+    MissingFile, InvalidValue
         The weights are absent, cut short or incomplete, or do not go where they should.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if args.device_map == "meta":
+        raise InvalidValue("--device-map meta loads no weights: name a device that holds them, or auto")
     with _reading("weights", args.model):
         model, info = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map, output_loading_info=True
@@ -133,7 +135,9 @@ def _reading(what: str, name: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+        lines = [line.strip() for line in lines if line.strip()]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
         raise MissingFile(
             f"cannot load the {what} of {name!r}: {reason}. Check the folder or hub name, that the checkpoint is "
             "whole, and the device"

@@ -206,7 +206,7 @@ def _recall(model: Any, ids: torch.Tensor, budgets: HeadBudgets, overrides: Mapp
     cache = LongContextCache(ids.shape[1])
     settings = asdict(_settings(model.config, ids.shape[1], overrides))
     with patched_qwen(model, **{**settings, "sparse_attention_config": dump(budgets)}):
-        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids.to(passkey.input_device(model)), past_key_values=cache, use_cache=True, logits_to_keep=1)
     by_layer: dict[int, list[SpanRecord]] = {}
     for record in cache.sparse_state.records:
         by_layer.setdefault(record.layer, []).append(record)

@@ -212,9 +212,14 @@ def evaluate(
     return list(records(model, tokenizer, lengths, depths, repeats, seed))
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the token ids of a model belong: on the host, where accelerate keeps its first weights off every device."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def ask(model: Any, tokenizer: Any, length: int, depth: float, key: str) -> Record:
     """Ask for one key."""
-    ids = prompt(tokenizer, length, depth, key).to(model.device)
+    ids = prompt(tokenizer, length, depth, key).to(input_device(model))
     cuda = ids.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)

@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches, sparsity
+from qwen_longctx.checkpoint import head_dim
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import passkey
 
@@ -120,8 +121,9 @@ def check(config: Any, tokens: int, variants: Sequence[Variant], judged: int | N
 
     Raises
     ------
-    InvalidValue, InvalidType
-        `judged` does not fit the text, a depth is outside 0 to 1, or a variant has a setting that is not valid.
+    InvalidValue, InvalidType, MissingFile
+        `judged` does not fit the text, a depth is outside 0 to 1, or a variant has a setting that is not valid, or
+        needs budgets that are not there.
     """
     if tokens < 2:
         raise InvalidValue(f"a text must have at least 2 tokens, one to judge and one before it, got {tokens}")
@@ -132,7 +134,7 @@ def check(config: Any, tokens: int, variants: Sequence[Variant], judged: int | N
         )
     passkey.check_depths(depths)
     for one in variants:
-        LongContextConfig.from_model_config(config, **one.overrides)
+        sparsity.check_budgets(LongContextConfig.from_model_config(config, **one.overrides), config)
 
 
 def evaluate(
@@ -165,8 +167,8 @@ def evaluate(
 
     Raises
     ------
-    InvalidValue, InvalidType
-        See `check` and `passkey.check`; before the first run.
+    InvalidValue, InvalidType, MissingFile
+        See `check` and `passkey.check`; or a kernel does not run here. All before the first run.
     """
     vocabulary = model.config.vocab_size
     passkey.check_tokens(ids, vocabulary)
@@ -177,7 +179,10 @@ def evaluate(
     if depths:
         passkey.check(tokenizer, [tokens], depths, 1, vocabulary)
     judged = default_judged(tokens) if judged is None else judged
-    ids = ids.to(model.device)
+    ids = ids.to(passkey.input_device(model))
+    for one in variants:  # a kernel that does not run here
+        settings = LongContextConfig.from_model_config(model.config, **one.overrides)
+        sparsity.rule_name(settings, ids.device, model.dtype, head_dim(model.config))
     truth: Judged | None = None
     runs = [Variant("dense", {**base, "sparse": "off"}), *variants]
     with transformers_logging.tqdm(total=len(runs), desc=f"Quality at {tokens:,}", unit="run") as bar:

@@ -46,18 +46,27 @@ def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings:
     Raises
     ------
     ValueError
-        `tokens` or `batch` is below 1, or the config names a size that no model has.
+        `tokens` or `batch` is below 1, or no model can be built of the config.
     """
     if tokens < 1 or batch < 1:
         raise InvalidValue(f"tokens and batch must be at least 1, got {tokens} and {batch}")
     shape = Shape.of(config)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     return Memory(
-        weights * dtype.itemsize,
+        _parameters(config) * dtype.itemsize,
         kv_bytes(shape, dtype) * tokens * batch,
         activation_bytes(shape, tokens, batch, dtype, settings),
     )
+
+
+def _parameters(config: Any) -> int:
+    """Numbers in the weights of a model, which is built without them."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # whatever transformers makes of a config that it has not checked
+        raise InvalidValue(
+            f"transformers cannot build a model of this config ({type(error).__name__}: {error}): correct config.json"
+        ) from error
 
 
 def kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
