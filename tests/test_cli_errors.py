@@ -67,12 +67,16 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    assert done.returncode == 0, done.stderr
-    assert "usage: qwen-longctx" in done.stdout and "--help" in done.stdout
-    assert seconds < 1.5
+    seconds = []
+    for _ in range(3):  # the quickest counts: machines that run tests are shared
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0, done.stderr
+        assert "usage: qwen-longctx" in done.stdout and "--help" in done.stdout
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1, seconds
 
 
 def test_python_m():
