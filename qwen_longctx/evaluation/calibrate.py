@@ -134,10 +134,12 @@ def calibrate(
     start = load(dump(start), model.config.num_hidden_layers, model.config.num_attention_heads)  # as a file is read
     progress = _Progress(Path(output), _request(model, texts, start, steps, overrides))
     budgets, done = progress.read(start)
-    with transformers_logging.tqdm(total=rounds * len(texts), initial=len(done), desc="Calibrate", unit="round") as bar:
+    with transformers_logging.tqdm(
+        total=steps.rounds * len(texts), initial=len(done), desc="Calibrate", unit="round"
+    ) as bar:
         for number, ids in enumerate(texts):
             of_text = [one for one in done if one.text == number]
-            while len(of_text) < rounds and not (of_text and of_text[-1].raised == 0):
+            while len(of_text) < steps.rounds and not (of_text and of_text[-1].raised == 0):
                 recall = _recall(model, ids, budgets, overrides)
                 budgets, raised = _raise(budgets, recall, steps, ids.shape[1])
                 figures = float(recall.mean()), float(recall.min()), raised
@@ -145,7 +147,7 @@ def calibrate(
                 done.append(of_text[-1])
                 progress.write(budgets, done)
                 bar.update()
-            bar.update(rounds - len(of_text))
+            bar.update(steps.rounds - len(of_text))
     progress.finish()
     return done
 
@@ -242,11 +244,12 @@ def _request(
 
 
 def _fingerprint_of_model(model: Any) -> str:
-    """Short hash of the config and of some numbers of each weight; where the weights came from does not count."""
+    """Short hash of the config and of some numbers of each plain weight; where the weights came from does not count."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
     parts = [json.dumps(config, sort_keys=True, default=str)]
     for name, weight in model.named_parameters():
-        values = [] if weight.is_meta else weight.detach().flatten()[:_VALUES_OF_A_TENSOR].float().tolist()
+        plain = type(weight.data) is torch.Tensor and not weight.is_meta  # neither quantised nor on disk
+        values = weight.detach().flatten()[:_VALUES_OF_A_TENSOR].float().tolist() if plain else []
         parts.append(f"{name} {tuple(weight.shape)} {weight.dtype} {values}")
     return _hash("\n".join(parts))
 
