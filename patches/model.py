@@ -212,8 +212,12 @@ def given_inputs(arguments: dict[str, Any]) -> tuple[str, torch.Tensor]:
     if inputs.ndim != form:
         shape = "(batch, tokens)" if form == 2 else "(batch, tokens, hidden)"
         raise InvalidValue(f"{name} must have shape {shape}, got {tuple(inputs.shape)}")
-    if name == "input_ids" and (inputs.is_floating_point() or inputs.dtype == torch.bool):
-        raise InvalidType(f"input_ids must be integers, got {inputs.dtype}")
+    if name == "input_ids" and inputs.dtype not in (torch.int64, torch.int32):
+        raise InvalidType(
+            f"input_ids must be integers, got {inputs.dtype}: an embedding takes torch.int64 or torch.int32"
+        )
+    if name == "inputs_embeds" and not inputs.is_floating_point():
+        raise InvalidType(f"inputs_embeds must be floating point, got {inputs.dtype}")
     if 0 in inputs.shape[:2]:
         raise InvalidValue(f"{name} of shape {tuple(inputs.shape)} holds no tokens: give a prompt of at least one")
     return name, inputs
