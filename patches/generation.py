@@ -13,10 +13,17 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
-from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.patches.model import check_cache_type, check_ids, check_static_cache, given_inputs, padding_mask
+from qwen_longctx.patches.model import (
+    NO_CONTINUOUS_BATCHING,
+    check_cache_type,
+    check_ids,
+    check_static_cache,
+    given_inputs,
+    padding_mask,
+)
 from qwen_longctx.prefill import memory
 
 _STATIC = ("static", "offloaded_static")
@@ -32,21 +39,22 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     check_cache_type(cache)
     held = 0
     if cache is not None:
-        open_cache(cache, (settings.chunk_size, settings.local_size))
+        open_cache(cache, (settings.chunk_size, settings.local_size), self.config.num_hidden_layers)
         held = held_tokens(cache)
     if prompt is not None:
         _check_prompt(self, prompt, held, configs, arguments)
-    length = _first_room(prompt, held, configs, arguments)
+    tokens, limit = _lengths(prompt, held, configs, arguments)
     implementation = _option(configs, arguments, "cache_implementation")
-    _check_cache_implementation(implementation, length, settings)
-    check_static_cache(cache, length, settings)
+    _check_cache_implementation(implementation, limit, settings)
+    check_static_cache(cache, tokens, settings)
+    room = min(limit, tokens + STEP)  # the cache grows from there on
     uses_cache = _option(configs, arguments, "use_cache") is not False
     if cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None:
         rows = prompt.shape[0] * max(
             _option(configs, arguments, "num_beams") or 1, _option(configs, arguments, "num_return_sequences") or 1
         )
-        _check_memory(self, prompt, length, rows, settings)
-        cache = arguments["past_key_values"] = LongContextCache(length)
+        _check_memory(self, prompt, room, rows, settings)
+        cache = arguments["past_key_values"] = LongContextCache(room)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
     begun = 1 if prompt is None else prompt.shape[1]
@@ -67,6 +75,17 @@ def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end:
         yield
     finally:
         (state.settings, state.prompt_end), state.announced = before, 0
+
+
+def refuse_continuous_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
+    """Replaces `init_continuous_batching`, where ``generate_batch`` and servers begin: refused before a thread starts.
+
+    Raises
+    ------
+    NotImplementedError
+        Always.
+    """
+    raise Unsupported(NO_CONTINUOUS_BATCHING)
 
 
 def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -94,16 +113,22 @@ def _check_prompt(model: Any, prompt: torch.Tensor, held: int, configs: Configs,
     batch, tokens = prompt.shape[:2]
     embedded = arguments.get("inputs_embeds") is not None
     mask = padding_mask(arguments.get("attention_mask"))
-    if held and not embedded and tokens > held and (mask is None or mask.shape[-1] == tokens):
-        held = 0  # the whole text so far, of which the cache holds the beginning
+    whole = mask is None or mask.shape[-1] == tokens
+    if held and embedded and not (whole and tokens > held):
+        raise InvalidValue(
+            f"inputs_embeds hold {tokens} tokens, the cache {held}: beside a filled cache generate takes embeddings of "
+            "the whole text, cached tokens included, and an attention_mask of as many or none"
+        )
+    if whole and tokens > held:
+        held = 0  # the whole text so far, of which the cache may hold the beginning
     if mask is None and not held and not embedded:
         mask = arguments["attention_mask"] = _inferred_mask(prompt, configs, arguments)
     elif mask is None and held:
         mask = arguments["attention_mask"] = prompt.new_ones((batch, held + tokens), dtype=torch.long)
     if mask is None:
         return
-    starts = row_starts(arguments["past_key_values"]) if held else ()
-    call = read_call(mask, None, batch=batch, tokens=tokens, cached=held, known_starts=starts)
+    known = origins_of(arguments["past_key_values"]) if held else ()
+    call = read_call(mask, None, batch=batch, tokens=tokens, cached=held, known=known)
     for number, row in enumerate(call.rows):
         if row.last and row.last < call.end:
             raise InvalidValue(
@@ -130,20 +155,19 @@ def _inferred_mask(ids: torch.Tensor, configs: Configs, arguments: dict[str, Any
     return (~leading | leading.all(dim=1, keepdim=True)).long()
 
 
-def _first_room(prompt: torch.Tensor | None, held: int, configs: Configs, arguments: dict[str, Any]) -> int:
-    """Tokens to make room for: the prompt and what may follow, as far as one step of growth goes."""
+def _lengths(prompt: torch.Tensor | None, held: int, configs: Configs, arguments: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the text before generation starts, cached ones included, and when it ends at the latest."""
     tokens = prompt.shape[1] if prompt is not None else 0
-    new_only = arguments.get("inputs_embeds") is not None or tokens <= held
-    tokens = held + tokens if new_only else tokens
+    tokens = held + tokens if tokens <= held else tokens
     new = _option(configs, arguments, "max_new_tokens")
     if new is None:
         new = (_option(configs, arguments, "max_length") or 0) - tokens
-    return tokens + max(0, min(new, STEP))
+    return tokens, tokens + max(0, new)
 
 
 def _check_cache_implementation(implementation: Any, length: int, settings: LongContextConfig) -> None:
     if implementation == "paged":
-        raise Unsupported("cache_implementation='paged' (continuous batching) is not supported: leave it out")
+        raise Unsupported(f"cache_implementation='paged' asks for {NO_CONTINUOUS_BATCHING}")
     if implementation in _STATIC and length > settings.stride:
         raise Unsupported(
             f"cache_implementation={implementation!r} holds one chunk of {settings.stride} tokens at most, this run "

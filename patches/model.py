@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,14 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
-from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
 
+NO_CONTINUOUS_BATCHING = (
+    "generate_batch (continuous batching) is not supported with a patched model: it packs all rows into one, on a "
+    "paged cache and without a mask. Use generate() with a batch that is padded on the left, or unpatch_qwen() first"
+)
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -52,7 +57,9 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     layout = _layout(model, forward, inputs)
     # a mask of four dimensions is handed on as it is, so transformers builds none of queries x keys
     arguments["attention_mask"] = torch.empty((0, 0, 0, 0), device=inputs.device)
-    outputs = patched.call(model, dual_chunk=layout, **arguments)
+    # without gradients to keep, gradient checkpointing has no reason to drop the cache
+    with nullcontext() if run.mode == "train" else torch.no_grad():
+        outputs = patched.call(model, dual_chunk=layout, **arguments)
     _check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
@@ -160,7 +167,9 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     cache = arguments.get("past_key_values")
     check_cache_type(cache)
     settings = settings_of(patched, model.config, cache)
-    state = None if cache is None else open_cache(cache, (settings.chunk_size, settings.local_size))
+    state = None
+    if cache is not None:
+        state = open_cache(cache, (settings.chunk_size, settings.local_size), base.config.num_hidden_layers)
     check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
@@ -173,8 +182,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
         batch=inputs.shape[0],
         tokens=inputs.shape[1],
         cached=held_tokens(cache),
-        known_shifts=frozenset() if state is None else state.shifts,
-        known_starts=() if cache is None else row_starts(cache),
+        known=origins_of(cache),
         announced=0 if state is None else state.announced,
     )
     check_ids(inputs, base.config.vocab_size, mode)
@@ -275,24 +283,34 @@ def _padding_of_causal(mask: torch.Tensor) -> torch.Tensor:
     causal = index <= (index[end - queries : end] if end >= queries else index)[:, None]
     wanted = causal & padding[:, None]
     rows = torch.arange(end - queries, end, device=mask.device)
-    real = padding[:, rows]  # what padded queries see is of no account
-    same = (seen[:, 0] == wanted) | ~real[..., None]
+    # padded queries see nothing, or everything where a softmax over nothing is to be avoided
+    blank = ~padding[:, rows] & (seen[:, 0].all(2) | ~seen[:, 0].any(2))
+    same = (seen[:, 0] == wanted) | blank[..., None]
     return padding[:, :end] if bool(same.all()) else mask
 
 
 def check_cache_type(cache: Any) -> None:
     """Refuse what is no transformers cache of one run."""
     name = type(cache).__name__
-    if cache is not None and (not hasattr(cache, "get_seq_length") or "Paged" in name):
+    if "Paged" in name:
+        raise Unsupported(NO_CONTINUOUS_BATCHING)
+    if cache is not None and not hasattr(cache, "get_seq_length"):
         raise Unsupported(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
 
 
 def check_static_cache(cache: Any, length: int, settings: LongContextConfig) -> None:
-    """Refuse a static cache beyond one chunk."""
-    if isinstance(cache, StaticCache) and length > settings.stride:
+    """Refuse a static cache beyond one chunk, or beyond its own size."""
+    if not isinstance(cache, StaticCache):
+        return
+    if length > settings.stride:
         raise Unsupported(
             f"a static cache holds one chunk of {settings.stride} tokens at most, this run has {length}: "
             "leave cache_implementation out and generate() takes a LongContextCache"
+        )
+    size = cache.layers[0].max_cache_len
+    if length > size:
+        raise InvalidValue(
+            f"the static cache has room for {size} tokens, this run has {length}: make it with a larger max_cache_len"
         )
 
 

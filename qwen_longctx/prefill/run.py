@@ -67,7 +67,7 @@ class Run:
             yield
             return
         geometry = self.settings.chunk_size, self.settings.local_size
-        with transaction(self.cache, geometry, self.call.shifts, self.call.starts):
+        with transaction(self.cache, geometry, self.call.origins):
             state = sequence_of(self.cache)
             tokens = self._tokens_of_prompt(state.prompt_end)
             with _recorded(state, tokens, self.device) if tokens else nullcontext():
