@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
@@ -56,22 +57,24 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
         cache = arguments["past_key_values"] = LongContextCache(room)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
-    with _settings_kept(cache, settings, 0 if prompt is None or held else prompt.shape[1]):
+    begun = 1 if prompt is None else prompt.shape[1]
+    with _settings_kept(cache, settings, 0 if prompt is None or held else begun, begun + held * (begun <= held)):
         return patched.call(self, **arguments)
 
 
 @contextmanager
-def _settings_kept(cache: Any, settings: LongContextConfig, announced: int) -> Iterator[None]:
-    """All forwards of the block on `cache` run with `settings`; its first one knows the length of the prompt."""
+def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end: int) -> Iterator[None]:
+    """All forwards of the block on `cache` run with `settings` and know where the prompt ends; the first its length."""
     if cache is None:
         yield
         return
     state = sequence_of(cache)
-    before, state.settings, state.announced = state.settings, settings, announced
+    before = state.settings, state.prompt_end
+    state.settings, state.prompt_end, state.announced = settings, end, announced
     try:
         yield
     finally:
-        state.settings, state.announced = before, 0
+        (state.settings, state.prompt_end), state.announced = before, 0
 
 
 def refuse_continuous_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
@@ -178,4 +181,12 @@ def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, sett
         return
     free, _ = torch.cuda.mem_get_info(prompt.device)
     reusable = torch.cuda.memory_reserved(prompt.device) - torch.cuda.memory_allocated(prompt.device)
-    memory.check_fits(model.config, length, rows, model.dtype, free + reusable, settings)
+    memory.check_fits(local_shape(model), length, rows, model.dtype, free + reusable, settings)
+
+
+def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
+    """Refuse continuous batching, which packs the tokens of many requests into one row without a mask."""
+    raise Unsupported(
+        f"{patched.name} (continuous batching) packs requests into one row, which dual chunk attention cannot tell "
+        "apart: call generate() with a batch that is padded on the left, or unpatch_qwen() first"
+    )

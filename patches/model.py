@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache
 from qwen_longctx import sparsity
 from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
@@ -60,9 +60,22 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     # without gradients to keep, gradient checkpointing has no reason to drop the cache
     with nullcontext() if run.mode == "train" else torch.no_grad():
         outputs = patched.call(model, dual_chunk=layout, **arguments)
+    _check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
     return outputs
+
+
+def _check_attended(model: Any, layout: Layout) -> None:
+    """Refuse results to which an attention that knows nothing of the layout has contributed."""
+    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
+    wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
+    if len(layout.attended) < wanted:
+        raise PatchConflict(
+            f"{wanted - len(layout.attended)} of {wanted} attention layers did not use dual chunk attention: their "
+            "forward was replaced after patch_qwen(), or a layer in between drops keyword arguments. Patch the model "
+            "last, or without the other library"
+        )
 
 
 @torch.compiler.disable
@@ -207,8 +220,12 @@ def given_inputs(arguments: dict[str, Any]) -> tuple[str, torch.Tensor]:
     if inputs.ndim != form:
         shape = "(batch, tokens)" if form == 2 else "(batch, tokens, hidden)"
         raise InvalidValue(f"{name} must have shape {shape}, got {tuple(inputs.shape)}")
-    if name == "input_ids" and (inputs.is_floating_point() or inputs.dtype == torch.bool):
-        raise InvalidType(f"input_ids must be integers, got {inputs.dtype}")
+    if name == "input_ids" and inputs.dtype not in (torch.int64, torch.int32):
+        raise InvalidType(
+            f"input_ids must be integers, got {inputs.dtype}: an embedding takes torch.int64 or torch.int32"
+        )
+    if name == "inputs_embeds" and not inputs.is_floating_point():
+        raise InvalidType(f"inputs_embeds must be floating point, got {inputs.dtype}")
     if 0 in inputs.shape[:2]:
         raise InvalidValue(f"{name} of shape {tuple(inputs.shape)} holds no tokens: give a prompt of at least one")
     return name, inputs

@@ -148,6 +148,21 @@ def test_forward_without_input():
         model()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64, torch.uint8, torch.int16, torch.uint64])
+def test_ids_of_a_dtype_that_no_embedding_takes(dtype):
+    model, ids = patch_qwen(tiny_model("qwen2")), torch.ones(1, 5).to(dtype)
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match=f"input_ids must be integers, got {dtype}: an embedding takes torch.int64"):
+            call(ids)
+
+
+def test_embeddings_that_are_integers():
+    model = patch_qwen(tiny_model("qwen2"))
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match="inputs_embeds must be floating point, got torch.int64"):
+            call(inputs_embeds=torch.ones(1, 5, 32, dtype=torch.long))
+
+
 def test_a_layer_called_alone():
     model = patch_qwen(tiny_model("qwen2"))
     with pytest.raises(RuntimeError, match="Qwen2Attention of a patched model was called without its model's forward"):
@@ -207,7 +222,7 @@ COMMANDS = [
     (["bench", "mlp", "--tiny"], "bench mlp reads CUDA's memory statistics"),
     (["passkey", "--model", "no/such/folder", "--lengths", "1000"], "no/such/folder"),
     (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
-    ([*QUALITY, "--variants", "fast"], "sparse must be one of off, auto, block_scores, vertical_slash, got 'fast'"),
+    ([*QUALITY, "--judged", "64", "--variants", "fast"], "sparse must be one of off, auto, block_scores"),
     ([*QUALITY, "--variants", "block_scores:density"], "a variant reads RULE or RULE:SETTING=VALUE"),
     ([*QUALITY, "--judged", "64", "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
     ([*CALIBRATE, "--start", "nowhere.json"], "there is no file nowhere.json"),

@@ -284,6 +284,7 @@ def test_dense_figures():
     (mlp,) = rows_of("mlp.json")
     assert agrees("98.3 %", mlp["cut_of_intermediate_activations"])
     assert agrees("96.9 %", mlp["cut_in_chunked_prefill"])
+    assert all(figure in README.read_text() for figure in ("361 seconds and 70.0 GiB", "71.2 GiB"))
     text = (ROOT / "docs" / "performance.md").read_text()
     for figure in ("361 s", "0.055 s", "70.0 GiB", "70.5 GiB", "589 of 594", "592 of 606", "98.3 %", "96.9 %"):
         assert figure in text, figure
@@ -304,3 +305,89 @@ def test_demo_figures():
             round(100 * row["unpatched"]),
             round(100 * row["patched"]),
         )
+
+
+def test_temperature_figures():
+    """Every comparison that the results files hold whole stands in the table; the sentences below it sum it up."""
+    measured: dict[tuple[int, str], dict[str, float]] = {}
+    for row in rows_of("temperature.json", "temperature_524288.json"):
+        measured.setdefault((row["tokens"], row["package"]), {})[row["variant"].rpartition("=")[2]] = row["nll"]
+    compared = {key: nll for key, nll in measured.items() if len(nll) == 3}
+    page = ROOT / "docs" / "settings.md"
+    (table,) = (t for t in tables(page) if t[0][1:2] == ["text"])
+    tokens, shown = 0, []
+    for length, package, position, prompt, off in table[1:]:
+        tokens = int(number(length)) if length else tokens
+        nll = compared[tokens, package]
+        for cell, name in ((position, "position"), (prompt, "dense"), (off, "false")):
+            assert agrees(cell, nll[name]), (tokens, package, name)
+        shown.append((tokens, package))
+    assert shown == list(compared)
+    gains = [nll["dense"] - nll["position"] for nll in compared.values()]
+    won = [gain for gain in gains if gain > 0]
+    text = page.read_text()
+    assert f"in {len(won)} of the {len(gains)} rows, by {min(won):.3f} to {max(won):.3f} nats" in text
+    assert len(gains) - len(won) == 1 and f"(numpy at 131,072 tokens), by {-min(gains):.3f}" in text
+    best_off = sum(nll["false"] < nll["position"] for nll in compared.values())
+    assert f"No temperature is better still in {best_off} of the {len(gains)} rows" in text
+    passkeys = {(row["variant"], row["tokens"]): row["passkeys"] for row in rows_of("temperature_passkey.json")}
+    assert set(passkeys.values()) == {"6/6"} and len(passkeys) == 8
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def span(values, form: str) -> str:
+    """Smallest and largest value as they stand in a sentence."""
+    values = list(values)
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def test_figures_in_sentences():
+    """What README.md and docs/sparse-prefill.md say of the quality files in words."""
+    names = ("quality", "quality_middle", "quality_524288", "quality_524288_torch", "quality_1000000")
+    rows = {(r["tokens"], r["package"], r["variant"]): r for r in rows_of(*(f"{name}.json" for name in names))}
+    texts = ("transformers", "sympy", "torch")
+
+    def rise(tokens: int, text: str, variant: str = "block_scores") -> float:
+        return rows[tokens, text, variant]["nll"] - rows[tokens, text, "dense"]["nll"]
+
+    def share(tokens: int, key: str, variant: str) -> list[float]:
+        return [rows[tokens, text, variant][key] for text in texts]
+
+    readme, page = README.read_text(), (ROOT / "docs" / "sparse-prefill.md").read_text()
+    eight = sorted(rise(262_144, text) for text in texts)
+    assert f"is {eight[0]:.3f} to {eight[1]:.3f} nats a" in readme and f"**{eight[2]:.3f} worse on a third**" in readme
+    assert (
+        f"is {eight[0]:.3f} and {eight[1]:.3f} nats worse on two texts and **{eight[2]:.3f} worse on the third**"
+        in page
+    )
+    agreement = [100 * value for value in share(524_288, "agreement", "block_scores")]
+    assert f"{span(agreement, '.0f')} % of the most likely tokens" in readme
+    assert all(rise(524_288, text) < 0 for text in texts) and rise(1_000_000, "transformers") < 0
+    assert all(rise(tokens, text) < 0.01 for tokens in (65_536, 131_072) for text in texts)
+    for tokens, times in ((131_072, 2), (524_288, 4)):
+        raised, default = (share(tokens, "density", f"block_scores{v}") for v in (":recall_target=0.8", ""))
+        assert round(mean(raised) / mean(default)) == times
+        assert all(rise(tokens, text, "block_scores:recall_target=0.8") > rise(tokens, text) for text in texts)
+    (better,) = (r for r in rows_of("quality_262144_torch.json") if r["variant"].endswith("mass=0.7"))
+    assert (
+        better["nll"] - rows[262_144, "torch", "dense"]["nll"] < 0.004
+        and f"at {better['density']:.1%}".replace("%", " %") in page
+    )
+    slash = "vertical_slash"
+    assert f"{mean(share(32_768, 'density', slash)):.0%} of the blocks at 32,768".replace("%", " %") in page
+    assert f"{mean(share(131_072, 'density', slash)):.0%} at 131,072".replace("%", " %") in page
+    assert f"{span([100 * d for d in share(524_288, 'density', slash)], '.0f')} % and takes" in page
+    assert f"takes {span(share(524_288, 'seconds', slash), '.0f')} seconds (dense" in page
+    assert f"{span([rise(524_288, text, slash) for text in texts], '.3f')} nats more" in page
+    assert min(share(131_072, "seconds", slash)) > max(share(131_072, "seconds", "dense"))
+    first = rows[65_536, "transformers", "block_scores"]["seconds"]
+    assert f"took {first:.1f} seconds in place of {rows[65_536, 'sympy', 'block_scores']['seconds']:.1f}" in page
+    default, dense = (mean(share(32_768, "seconds", variant)) for variant in ("block_scores", "dense"))
+    assert f"({default:.2f} against {dense:.2f} seconds)" in page
+    assert "as little as 0.10" in page and agrees(
+        "0.10", rows[1_000_000, "transformers", "block_scores"]["lowest_recall"]
+    )

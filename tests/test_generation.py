@@ -266,7 +266,7 @@ def test_a_run_that_cannot_fit_says_so(model, monkeypatch):
     from qwen_longctx.patches import generation
 
     def tight(self, prompt_, length, rows, settings):
-        generation.memory.check_fits(self.config, length, rows, self.dtype, 10_000, settings)
+        generation.memory.check_fits(generation.local_shape(self), length, rows, self.dtype, 10_000, settings)
 
     monkeypatch.setattr(generation, "_check_memory", tight)
     with pytest.raises(MemoryError, match="1 x 182 tokens need .* GiB of KV cache .* tokens would fit"):

@@ -10,6 +10,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig
 
 from definition import dense_model
@@ -115,6 +117,8 @@ def test_the_same_tokens_in_the_cache_give_the_same(model, fill, make):
 @torch.no_grad()
 def test_generate_on_a_filled_cache(model, make, whole):
     """With the whole text or with its new tokens alone: the answer is that of greedy decoding by hand."""
+    if not whole and Version(transformers.__version__) < Version("5.0"):
+        pytest.skip("generate of transformers 4.57 takes the whole text only, patched or not")
     ids, cache, by_hand = prompt(135), make(), make()
     for one in (cache, by_hand):
         model(ids[:, :100], past_key_values=one)
@@ -131,8 +135,9 @@ def test_generate_on_a_filled_cache(model, make, whole):
 def test_drafts_of_the_first_call_do_not_count_to_the_prompt(model):
     """Assisted decoding passes drafts along with the prompt: their temperature is their own, the prompt's its own."""
     ids = prompt(100)
-    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
-    drafted = model.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=7)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 96}  # transformers 4.57 wants one for drafts
+    plain = model.generate(ids, **options)
+    drafted = model.generate(ids, **options, prompt_lookup_num_tokens=7)
     assert torch.equal(plain, drafted)
 
 

@@ -120,6 +120,8 @@ class Layout:
         Attention weights are asked for.
     sparse : sparsity.Request, optional
         Sparse prefill of this forward.
+    attended : list of int
+        Numbers of the layers whose attention has used this layout, in order.
     """
 
     groups: tuple[RowGroup, ...]
@@ -130,6 +132,7 @@ class Layout:
     mode: Mode = "prefill"
     weights: bool = False
     sparse: Any = None
+    attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Layout:

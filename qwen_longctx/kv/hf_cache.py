@@ -179,9 +179,10 @@ class LongContextCache(DynamicCache):
     def report(self) -> dict[str, Any]:
         """What the prefill cost and what it kept.
 
-        Tokens, seconds, tokens per second and peak memory in bytes of the prefills of this cache (0 without CUDA), the
+        Tokens, seconds, tokens per second and peak memory in bytes (0 without CUDA) of the prefills of this cache, the
         density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
-        and the recall of its worst head.
+        and the recall of its worst head. All of it counts what was done: every turn since the cache was empty, also
+        tokens that were cropped since, but neither tokens that were generated nor drafts.
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
@@ -256,6 +257,7 @@ def guard(cache: Any) -> None:
             layer.__class__ = _guard_of(kind)
 
 
+@torch.compiler.disable  # torch 2.6 loses buffers that a graph takes; later ones get more graphs where they trace it
 def append(
     cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None = None
 ) -> Store | Tensors:

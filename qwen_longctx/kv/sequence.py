@@ -34,18 +34,21 @@ class Sequence:
         nothing is announced.
     settings : LongContextConfig, optional
         Settings of the `generate` in progress, which reads them once.
+    prompt_end : int, optional
+        Tokens held when the prompt of the `generate` in progress has passed; None outside of one.
     sparse : SparseState
         Budgets and records of sparse prefill.
     broken : str
         Why the cache cannot be continued; empty if it can.
     prefill_tokens, prefill_seconds, peak_memory_bytes
-        Cost of the prefills of the sequence.
+        Cost of the prefills of the sequence, also of tokens that were cropped since.
     """
 
     length: int = 0
     geometry: tuple[int, int] | None = None
     announced: int = 0
     settings: Any = None
+    prompt_end: int | None = None
     sparse: SparseState = field(default_factory=SparseState)
     broken: str = ""
     prefill_tokens: int = 0
@@ -137,11 +140,12 @@ def open_cache(cache: Any, geometry: tuple[int, int], layers: int) -> Sequence:
 
 
 def forget(cache: Any) -> None:
-    """Note that a cache is empty; an announcement and settings of a generate in progress stay."""
+    """Note that a cache is empty; what a generate in progress has put there stays."""
     state = sequence_of(cache)
     if state.length or state.geometry or state.broken:
         state.length, state.geometry, state.broken = 0, None, ""
         state.sparse = SparseState()
+        state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = 0, 0.0, 0
     for layer in getattr(cache, "layers", ())[:1]:
         vars(layer).pop("origins", None)
 
