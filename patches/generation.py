@@ -17,11 +17,11 @@ from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequen
 from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import (
-    NO_CONTINUOUS_BATCHING,
     check_cache_type,
     check_ids,
     check_static_cache,
     given_inputs,
+    no_batching,
     padding_mask,
 )
 from qwen_longctx.prefill import memory
@@ -75,17 +75,6 @@ def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end:
         yield
     finally:
         (state.settings, state.prompt_end), state.announced = before, 0
-
-
-def refuse_continuous_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
-    """Replaces `init_continuous_batching`, where ``generate_batch`` and servers begin: refused before a thread starts.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise Unsupported(NO_CONTINUOUS_BATCHING)
 
 
 def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -167,7 +156,7 @@ def _lengths(prompt: torch.Tensor | None, held: int, configs: Configs, arguments
 
 def _check_cache_implementation(implementation: Any, length: int, settings: LongContextConfig) -> None:
     if implementation == "paged":
-        raise Unsupported(f"cache_implementation='paged' asks for {NO_CONTINUOUS_BATCHING}")
+        raise Unsupported(no_batching("cache_implementation='paged'"))
     if implementation in _STATIC and length > settings.stride:
         raise Unsupported(
             f"cache_implementation={implementation!r} holds one chunk of {settings.stride} tokens at most, this run "
@@ -185,8 +174,5 @@ def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, sett
 
 
 def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
-    """Refuse continuous batching, which packs the tokens of many requests into one row without a mask."""
-    raise Unsupported(
-        f"{patched.name} (continuous batching) packs requests into one row, which dual chunk attention cannot tell "
-        "apart: call generate() with a batch that is padded on the left, or unpatch_qwen() first"
-    )
+    """Refuse continuous batching before its thread starts, whose errors are told beside empty answers only."""
+    raise Unsupported(no_batching(patched.name))

@@ -18,10 +18,6 @@ from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequen
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
 
-NO_CONTINUOUS_BATCHING = (
-    "generate_batch (continuous batching) is not supported with a patched model: it packs all rows into one, on a "
-    "paged cache and without a mask. Use generate() with a batch that is padded on the left, or unpatch_qwen() first"
-)
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -289,11 +285,19 @@ def _padding_of_causal(mask: torch.Tensor) -> torch.Tensor:
     return padding[:, :end] if bool(same.all()) else mask
 
 
+def no_batching(name: str) -> str:
+    """Why continuous batching, asked for by `name`, is refused."""
+    return (
+        f"{name} (continuous batching) packs requests into one row, which dual chunk attention cannot tell apart: call "
+        "generate() with a batch that is padded on the left, or unpatch_qwen() first"
+    )
+
+
 def check_cache_type(cache: Any) -> None:
     """Refuse what is no transformers cache of one run."""
     name = type(cache).__name__
     if "Paged" in name:
-        raise Unsupported(NO_CONTINUOUS_BATCHING)
+        raise Unsupported(no_batching(f"{name}, the cache of generate_batch"))
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise Unsupported(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
 

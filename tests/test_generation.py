@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, TextStreamer
@@ -11,8 +9,6 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, patched_qwen
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.patches.generation import refuse_continuous_batching
-from qwen_longctx.patches.method import PatchedMethod
 
 CHUNK = 23
 NEW = 12
@@ -181,20 +177,10 @@ def test_paged_cache_is_refused(model):
     class PagedAttentionCache:
         """Stands for the class of transformers' continuous batching."""
 
-    with pytest.raises(NotImplementedError, match=r"^generate_batch \(continuous batching\) is not supported"):
+    with pytest.raises(NotImplementedError, match="PagedAttentionCache, the cache of generate_batch"):
         generate(model, prompt(100), past_key_values=PagedAttentionCache())
-    with pytest.raises(NotImplementedError, match="cache_implementation='paged' asks for generate_batch"):
+    with pytest.raises(NotImplementedError, match=r"cache_implementation='paged' \(continuous batching\)"):
         generate(model, prompt(100), cache_implementation="paged")
-
-
-def test_continuous_batching_is_refused_before_its_thread_starts(model):
-    """An error in that thread would be told in a field of the results only, beside empty answers."""
-    model.init_continuous_batching = MethodType(
-        PatchedMethod(refuse_continuous_batching, type(model).init_continuous_batching, {}).as_function(), model
-    )
-    for start in (lambda: model.generate_batch([[1, 2, 3], [4, 5]]), model.init_continuous_batching):
-        with pytest.raises(NotImplementedError, match=r"^generate_batch .* Use generate\(\) with a batch"):
-            start()
 
 
 @pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
