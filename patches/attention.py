@@ -13,7 +13,8 @@ from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.hf_cache import append
 from qwen_longctx.kv.store import Store, Tensors
-from qwen_longctx.patches.method import PatchedMethod
+from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.patches.runs import stock_forward
 
 IMPLEMENTATION = "qwen_dca"
 
@@ -31,10 +32,15 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back."""
     if dual_chunk is None:
+        if stock_forward(type(self).__module__):
+            arguments = {"hidden_states": hidden_states, "position_embeddings": position_embeddings}
+            arguments |= {"attention_mask": attention_mask, OLD_NAME: past_key_values}
+            return patched.call(self, **arguments, **kwargs)
         raise PatchConflict(
             f"{type(self).__name__} of a patched model was called without its model's forward, which plans the "
             "positions: call the whole model, or unpatch_qwen() first"
         )
+    dual_chunk.attended.append(self.layer_idx)
     if self.training and self.attention_dropout:
         raise Unsupported(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"

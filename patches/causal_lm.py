@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import modeling_utils
 
 from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
@@ -17,7 +18,7 @@ def causal_lm_forward(
     self: Any,
     *,
     labels: torch.Tensor | None = None,
-    logits_to_keep: int | torch.Tensor = 0,
+    logits_to_keep: Any = 0,
     **arguments: Any,
 ) -> Any:
     """Prefill chunk by chunk where the prompt is longer than `prefill_chunk_size`; else the stock forward."""
@@ -55,49 +56,53 @@ def _in_chunks(
     model: Any,
     run: Run,
     labels: torch.Tensor | None,
-    logits_to_keep: int | torch.Tensor,
+    logits_to_keep: Any,
     arguments: dict[str, Any],
 ) -> Any:
     arguments = dict(arguments)
     wants_cache, wants_dict = wanted_outputs(model.config, arguments)
-    keep = _kept(0 if labels is not None else logits_to_keep, run.tokens)
-    logits, slots = [], []
+    rows, tokens = _wanted(logits_to_keep, len(run.call.rows), run.tokens)
+    computed = tokens.unique() if labels is None else torch.arange(run.tokens)
+    logits = []
     outputs: Any = None
     for start, stop in run.chunks():
         first = start - run.call.cached
-        wanted = ((keep >= first) & (keep < stop - run.call.cached)).nonzero()[:, 0]
+        inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
         outputs = patched.call(
             model,
             **chunk_of(run, arguments, start, stop),
             # one row is computed and dropped where none is wanted: the stock forward has no "none"
-            logits_to_keep=(keep[wanted] - first).to(run.device) if len(wanted) else 1,
+            logits_to_keep=(inside - first).to(run.device) if len(inside) else 1,
             dual_chunk_forward=Forward(run, start, stop),
         )
-        if len(wanted):
+        if len(inside):
             logits.append(outputs.logits)
-            slots.append(wanted)
-    fields = {"logits": _in_order(logits, slots)}
+    every = torch.cat(logits, dim=1) if logits else outputs.logits[:, :0]
+    fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
     if labels is not None:
         beside = {name: value for name, value in arguments.items() if name not in (*patched.names, OLD_NAME)}
-        every = fields["logits"]
         fields["loss"] = model.loss_function(logits=every, labels=labels, vocab_size=model.config.vocab_size, **beside)
-        fields["logits"] = every[:, _kept(logits_to_keep, run.tokens).to(every.device)]
     return with_fields(outputs, wants_dict, wants_cache, **fields)
 
 
-def _kept(logits_to_keep: int | torch.Tensor, tokens: int) -> torch.Tensor:
-    """Indices of the tokens whose logits are wanted, in the order they are wanted."""
-    if isinstance(logits_to_keep, int):
-        return torch.arange(tokens)[slice(-logits_to_keep, None)]
-    return torch.arange(tokens)[logits_to_keep.cpu()]
+def _wanted(logits_to_keep: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and token of all logits that are wanted, each in the shape in which the stock forward hands logits out."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        logits_to_keep = logits_to_keep.cpu()
+    cells = torch.stack(torch.meshgrid(torch.arange(batch), torch.arange(tokens), indexing="ij"), -1)
+    rows, numbers = _stock_slice(cells, logits_to_keep).unbind(-1)
+    return rows, numbers.contiguous()
 
 
-def _in_order(logits: list[torch.Tensor], slots: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of all chunks, in the order in which their tokens were asked for."""
-    if not logits:
-        raise InvalidValue("logits_to_keep names no token: leave it out for all of them")
-    joined = logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
-    places = torch.cat(slots)
-    if bool((places == torch.arange(len(places))).all()):
-        return joined
-    return joined[:, places.argsort().to(joined.device)]
+def _stock_slice(values: torch.Tensor, logits_to_keep: Any) -> torch.Tensor:
+    """What the stock forward keeps of `values`, shape (batch, tokens, any)."""
+    if hasattr(modeling_utils, "slice_logits_to_keep"):  # from transformers 5.24 on, also with indices of each row
+        return modeling_utils.slice_logits_to_keep(values, logits_to_keep)
+    return values[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+def _pick(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Logits at some rows and columns; not copied where these are all of them in order."""
+    if columns.shape == logits.shape[:2] and bool((columns == torch.arange(logits.shape[1])).all()):
+        return logits
+    return logits[rows.to(logits.device), columns.to(logits.device)]

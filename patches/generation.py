@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 
+from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
-from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches.method import PatchedMethod
-from qwen_longctx.patches.model import check_cache_type, check_ids, check_static_cache, given_inputs, padding_mask
+from qwen_longctx.patches.model import (
+    check_cache_type,
+    check_ids,
+    check_static_cache,
+    given_inputs,
+    no_batching,
+    padding_mask,
+)
 from qwen_longctx.prefill import memory
 
 _STATIC = ("static", "offloaded_static")
@@ -31,49 +39,52 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     check_cache_type(cache)
     held = 0
     if cache is not None:
-        open_cache(cache, (settings.chunk_size, settings.local_size))
+        open_cache(cache, (settings.chunk_size, settings.local_size), self.config.num_hidden_layers)
         held = held_tokens(cache)
     if prompt is not None:
         _check_prompt(self, prompt, held, configs, arguments)
-    length = _first_room(prompt, held, configs, arguments)
+    tokens, limit = _lengths(prompt, held, configs, arguments)
     implementation = _option(configs, arguments, "cache_implementation")
-    _check_cache_implementation(implementation, length, settings)
-    check_static_cache(cache, length, settings)
+    _check_cache_implementation(implementation, limit, settings)
+    check_static_cache(cache, tokens, settings)
+    room = min(limit, tokens + STEP)  # the cache grows from there on
     uses_cache = _option(configs, arguments, "use_cache") is not False
     if cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None:
         rows = prompt.shape[0] * max(
             _option(configs, arguments, "num_beams") or 1, _option(configs, arguments, "num_return_sequences") or 1
         )
-        _check_memory(self, prompt, length, rows, settings)
-        cache = arguments["past_key_values"] = LongContextCache(length)
+        _check_memory(self, prompt, room, rows, settings)
+        cache = arguments["past_key_values"] = LongContextCache(room)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
-    with _settings_kept(cache, settings, 0 if prompt is None or held else prompt.shape[1]):
+    begun = 1 if prompt is None else prompt.shape[1]
+    with _settings_kept(cache, settings, 0 if prompt is None or held else begun, begun + held * (begun <= held)):
         return patched.call(self, **arguments)
 
 
 @contextmanager
-def _settings_kept(cache: Any, settings: LongContextConfig, announced: int) -> Iterator[None]:
-    """All forwards of the block on `cache` run with `settings`; its first one knows the length of the prompt."""
+def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end: int) -> Iterator[None]:
+    """All forwards of the block on `cache` run with `settings` and know where the prompt ends; the first its length."""
     if cache is None:
         yield
         return
     state = sequence_of(cache)
-    before, state.settings, state.announced = state.settings, settings, announced
+    before = state.settings, state.prompt_end
+    state.settings, state.prompt_end, state.announced = settings, end, announced
     try:
         yield
     finally:
-        state.settings, state.announced = before, 0
+        (state.settings, state.prompt_end), state.announced = before, 0
 
 
 def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:
     """What the first forward is given; None where generate makes its own beginning of a text."""
     embeds = arguments.get("inputs_embeds")
     ids = arguments.get("inputs") if arguments.get("inputs") is not None else arguments.get("input_ids")
-    found = ids if embeds is None else embeds
-    if found is not None:
-        given_inputs({"input_ids": found} if embeds is None else {"inputs_embeds": found})
-    return found
+    prompt = ids if embeds is None else embeds
+    if prompt is not None:
+        given_inputs({"input_ids": prompt} if embeds is None else {"inputs_embeds": prompt})
+    return prompt
 
 
 def _option(configs: Configs, arguments: dict[str, Any], name: str) -> Any:
@@ -91,16 +102,22 @@ def _check_prompt(model: Any, prompt: torch.Tensor, held: int, configs: Configs,
     batch, tokens = prompt.shape[:2]
     embedded = arguments.get("inputs_embeds") is not None
     mask = padding_mask(arguments.get("attention_mask"))
-    if held and not embedded and tokens > held and (mask is None or mask.shape[-1] == tokens):
-        held = 0  # the whole text so far, of which the cache holds the beginning
+    whole = mask is None or mask.shape[-1] == tokens
+    if held and embedded and not (whole and tokens > held):
+        raise InvalidValue(
+            f"inputs_embeds hold {tokens} tokens, the cache {held}: beside a filled cache generate takes embeddings of "
+            "the whole text, cached tokens included, and an attention_mask of as many or none"
+        )
+    if whole and tokens > held:
+        held = 0  # the whole text so far, of which the cache may hold the beginning
     if mask is None and not held and not embedded:
         mask = arguments["attention_mask"] = _inferred_mask(prompt, configs, arguments)
     elif mask is None and held:
         mask = arguments["attention_mask"] = prompt.new_ones((batch, held + tokens), dtype=torch.long)
     if mask is None:
         return
-    starts = row_starts(arguments["past_key_values"]) if held else ()
-    call = read_call(mask, None, batch=batch, tokens=tokens, cached=held, known_starts=starts)
+    known = origins_of(arguments["past_key_values"]) if held else ()
+    call = read_call(mask, None, batch=batch, tokens=tokens, cached=held, known=known)
     for number, row in enumerate(call.rows):
         if row.last and row.last < call.end:
             raise InvalidValue(
@@ -127,20 +144,19 @@ def _inferred_mask(ids: torch.Tensor, configs: Configs, arguments: dict[str, Any
     return (~leading | leading.all(dim=1, keepdim=True)).long()
 
 
-def _first_room(prompt: torch.Tensor | None, held: int, configs: Configs, arguments: dict[str, Any]) -> int:
-    """Tokens to make room for: the prompt and what may follow, as far as one step of growth goes."""
+def _lengths(prompt: torch.Tensor | None, held: int, configs: Configs, arguments: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the text before generation starts, cached ones included, and when it ends at the latest."""
     tokens = prompt.shape[1] if prompt is not None else 0
-    new_only = arguments.get("inputs_embeds") is not None or tokens <= held
-    tokens = held + tokens if new_only else tokens
+    tokens = held + tokens if tokens <= held else tokens
     new = _option(configs, arguments, "max_new_tokens")
     if new is None:
         new = (_option(configs, arguments, "max_length") or 0) - tokens
-    return tokens + max(0, min(new, STEP))
+    return tokens, tokens + max(0, new)
 
 
 def _check_cache_implementation(implementation: Any, length: int, settings: LongContextConfig) -> None:
     if implementation == "paged":
-        raise Unsupported("cache_implementation='paged' (continuous batching) is not supported: leave it out")
+        raise Unsupported(no_batching("cache_implementation='paged'"))
     if implementation in _STATIC and length > settings.stride:
         raise Unsupported(
             f"cache_implementation={implementation!r} holds one chunk of {settings.stride} tokens at most, this run "
@@ -154,4 +170,9 @@ def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, sett
         return
     free, _ = torch.cuda.mem_get_info(prompt.device)
     reusable = torch.cuda.memory_reserved(prompt.device) - torch.cuda.memory_allocated(prompt.device)
-    memory.check_fits(model.config, length, rows, model.dtype, free + reusable, settings)
+    memory.check_fits(local_shape(model), length, rows, model.dtype, free + reusable, settings)
+
+
+def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
+    """Refuse continuous batching before its thread starts, whose errors are told beside empty answers only."""
+    raise Unsupported(no_batching(patched.name))

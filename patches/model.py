@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from transformers.cache_utils import StaticCache
 from qwen_longctx import sparsity
 from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
-from qwen_longctx.kv.sequence import held_tokens, open_cache, row_starts, sequence_of
+from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.prefill.run import Run
 
@@ -52,10 +53,25 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     layout = _layout(model, forward, inputs)
     # a mask of four dimensions is handed on as it is, so transformers builds none of queries x keys
     arguments["attention_mask"] = torch.empty((0, 0, 0, 0), device=inputs.device)
-    outputs = patched.call(model, dual_chunk=layout, **arguments)
+    # without gradients to keep, gradient checkpointing has no reason to drop the cache
+    with nullcontext() if run.mode == "train" else torch.no_grad():
+        outputs = patched.call(model, dual_chunk=layout, **arguments)
+    _check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
     return outputs
+
+
+def _check_attended(model: Any, layout: Layout) -> None:
+    """Refuse results to which an attention that knows nothing of the layout has contributed."""
+    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
+    wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
+    if len(layout.attended) < wanted:
+        raise PatchConflict(
+            f"{wanted - len(layout.attended)} of {wanted} attention layers did not use dual chunk attention: their "
+            "forward was replaced after patch_qwen(), or a layer in between drops keyword arguments. Patch the model "
+            "last, or without the other library"
+        )
 
 
 @torch.compiler.disable
@@ -147,7 +163,9 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     cache = arguments.get("past_key_values")
     check_cache_type(cache)
     settings = settings_of(patched, model.config, cache)
-    state = None if cache is None else open_cache(cache, (settings.chunk_size, settings.local_size))
+    state = None
+    if cache is not None:
+        state = open_cache(cache, (settings.chunk_size, settings.local_size), base.config.num_hidden_layers)
     check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
@@ -160,8 +178,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
         batch=inputs.shape[0],
         tokens=inputs.shape[1],
         cached=held_tokens(cache),
-        known_shifts=frozenset() if state is None else state.shifts,
-        known_starts=() if cache is None else row_starts(cache),
+        known=origins_of(cache),
         announced=0 if state is None else state.announced,
     )
     check_ids(inputs, base.config.vocab_size, mode)
@@ -174,8 +191,8 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:
     """The settings of the `generate` in progress, which read them once, or those in force now."""
-    found = None if cache is None else sequence_of(cache).settings
-    return patched.settings(config) if found is None else found
+    settings = None if cache is None else sequence_of(cache).settings
+    return patched.settings(config) if settings is None else settings
 
 
 def _wants_new_cache(model: Any, base: Any, mode: Mode, arguments: dict[str, Any], chunked: bool) -> bool:
@@ -199,8 +216,12 @@ def given_inputs(arguments: dict[str, Any]) -> tuple[str, torch.Tensor]:
     if inputs.ndim != form:
         shape = "(batch, tokens)" if form == 2 else "(batch, tokens, hidden)"
         raise InvalidValue(f"{name} must have shape {shape}, got {tuple(inputs.shape)}")
-    if name == "input_ids" and (inputs.is_floating_point() or inputs.dtype == torch.bool):
-        raise InvalidType(f"input_ids must be integers, got {inputs.dtype}")
+    if name == "input_ids" and inputs.dtype not in (torch.int64, torch.int32):
+        raise InvalidType(
+            f"input_ids must be integers, got {inputs.dtype}: an embedding takes torch.int64 or torch.int32"
+        )
+    if name == "inputs_embeds" and not inputs.is_floating_point():
+        raise InvalidType(f"inputs_embeds must be floating point, got {inputs.dtype}")
     if 0 in inputs.shape[:2]:
         raise InvalidValue(f"{name} of shape {tuple(inputs.shape)} holds no tokens: give a prompt of at least one")
     return name, inputs
@@ -258,24 +279,42 @@ def _padding_of_causal(mask: torch.Tensor) -> torch.Tensor:
     causal = index <= (index[end - queries : end] if end >= queries else index)[:, None]
     wanted = causal & padding[:, None]
     rows = torch.arange(end - queries, end, device=mask.device)
-    real = padding[:, rows]  # what padded queries see is of no account
-    same = (seen[:, 0] == wanted) | ~real[..., None]
+    # padded queries see nothing, or everything where a softmax over nothing is to be avoided
+    blank = ~padding[:, rows] & (seen[:, 0].all(2) | ~seen[:, 0].any(2))
+    same = (seen[:, 0] == wanted) | blank[..., None]
     return padding[:, :end] if bool(same.all()) else mask
+
+
+def no_batching(name: str) -> str:
+    """Why continuous batching, asked for by `name`, is refused."""
+    return (
+        f"{name} (continuous batching) packs requests into one row, which dual chunk attention cannot tell apart: call "
+        "generate() with a batch that is padded on the left, or unpatch_qwen() first"
+    )
 
 
 def check_cache_type(cache: Any) -> None:
     """Refuse what is no transformers cache of one run."""
     name = type(cache).__name__
-    if cache is not None and (not hasattr(cache, "get_seq_length") or "Paged" in name):
+    if "Paged" in name:
+        raise Unsupported(no_batching(f"{name}, the cache of generate_batch"))
+    if cache is not None and not hasattr(cache, "get_seq_length"):
         raise Unsupported(f"{name} is not supported: pass a DynamicCache or a LongContextCache, or no cache")
 
 
 def check_static_cache(cache: Any, length: int, settings: LongContextConfig) -> None:
-    """Refuse a static cache beyond one chunk."""
-    if isinstance(cache, StaticCache) and length > settings.stride:
+    """Refuse a static cache beyond one chunk, or beyond its own size."""
+    if not isinstance(cache, StaticCache):
+        return
+    if length > settings.stride:
         raise Unsupported(
             f"a static cache holds one chunk of {settings.stride} tokens at most, this run has {length}: "
             "leave cache_implementation out and generate() takes a LongContextCache"
+        )
+    size = cache.layers[0].max_cache_len
+    if length > size:
+        raise InvalidValue(
+            f"the static cache has room for {size} tokens, this run has {length}: make it with a larger max_cache_len"
         )
 
 

@@ -72,15 +72,11 @@ def unpatch_qwen(model: Any = None) -> None:
 
 @contextmanager
 def patched_qwen(model: Any = None, **overrides: Any) -> Iterator[Any]:
-    """Patch for the length of a ``with`` block, then restore what was there, an earlier patch included."""
+    """Patch for the length of a ``with`` block, then restore what was there, an earlier patch included.
+
+    Blocks of several threads may overlap; the newest one that is open is in force.
+    """
     from qwen_longctx import patches
 
-    before = patches.current_overrides(model)
-    patch_qwen(model, **overrides)
-    try:
+    with patches.block(model, overrides):
         yield model
-    finally:
-        if before is None:
-            unpatch_qwen(model)
-        else:
-            patch_qwen(model, **before)

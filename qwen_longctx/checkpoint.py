@@ -8,7 +8,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_longctx.errors import InvalidType, InvalidValue
@@ -16,6 +15,8 @@ from qwen_longctx.errors import InvalidType, InvalidValue
 GEOMETRY_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
 SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
 _UNBOUNDED_ROPE = ("dynamic", "longrope")
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+_KV_HEADS = "num_key_value_heads"
 
 
 class Heads(NamedTuple):
@@ -41,7 +42,7 @@ class Shape:
     Attributes
     ----------
     layers, heads, kv_heads : int
-        Layers, query heads and key heads. Under tensor parallelism `local` gives those of one process.
+        Layers, query heads and key heads; of `local_shape` those of one process.
     head_dim, hidden, intermediate : int
         Numbers a head, and widths of the hidden states and of an MLP.
     """
@@ -60,27 +61,46 @@ class Shape:
         Raises
         ------
         ValueError
-            The heads cannot be divided among the ranks.
+            A size is absent or no positive whole number, or the heads cannot be divided among the ranks.
         """
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        layers, heads, hidden, intermediate = (_size(config, name) for name in _SIZES)
+        kv_heads = heads if getattr(config, "num_key_value_heads", None) is None else _size(config, _KV_HEADS)
+        if heads % kv_heads:
+            raise InvalidValue(
+                f"{_KV_HEADS} ({kv_heads}) of the checkpoint's config must divide num_attention_heads ({heads}): "
+                "correct config.json"
+            )
         if ranks < 1 or heads % ranks or kv_heads % ranks:
             raise InvalidValue(
                 f"{heads} query heads and {kv_heads} key heads cannot be divided among {ranks} processes: "
                 "choose a tensor parallel size that divides both"
             )
-        return cls(
-            layers=config.num_hidden_layers,
-            heads=heads // ranks,
-            kv_heads=kv_heads // ranks,
-            head_dim=head_dim(config),
-            hidden=config.hidden_size,
-            intermediate=-(-config.intermediate_size // ranks),
+        dim = head_dim(config)
+        if dim < 2 or dim % 2:
+            raise InvalidValue(
+                f"a head of the checkpoint has {dim} numbers, and rotary positions need an even number from 2 on: "
+                "correct head_dim, hidden_size or num_attention_heads in config.json"
+            )
+        return cls(layers, heads // ranks, kv_heads // ranks, dim, hidden, -(-intermediate // ranks))
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise InvalidValue(
+            f"{name} of the checkpoint's config must be a whole number from 1 on, got {value!r:.80}: "
+            "correct config.json"
         )
+    return int(value)
+
+
+def local_shape(model: Any) -> Shape:
+    """The shape of what this process holds of a live model, which under tensor parallelism is a part."""
+    return Shape.of(model.config, _place(model)[0])
 
 
 def local_heads(model: Any) -> Heads:
-    """The heads of this process: the rows of the first ``q_proj`` and ``k_proj`` of a live model, and their place.
+    """The heads of this process: the rows of the first ``q_proj`` of a live model, and their place.
 
     Tensor parallelism gives rank r of n processes the heads from ``r * heads / n`` on.
 
@@ -94,41 +114,43 @@ def local_heads(model: Any) -> Heads:
     ValueError
         The projections hold a part of the heads, and nothing tells which.
     """
-    whole = Shape.of(model.config)
-    attention = next((m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
-    if attention is None:
-        return Heads(whole.heads, whole.kv_heads)
-    ranks, rank = _place(attention.q_proj, whole.heads * whole.head_dim)
+    ranks, rank = _place(model)
     part = Shape.of(model.config, ranks)
+    if rank is None:
+        raise InvalidValue(
+            f"q_proj holds {part.heads} of {ranks * part.heads} heads and no distributed tensor tells which: load the "
+            "model with transformers' tensor parallelism (tp_plan), or set sparse='off'"
+        )
     return Heads(part.heads, part.kv_heads, rank * part.heads)
 
 
-def _place(projection: Any, rows: int) -> tuple[int, int]:
-    """Among how many processes a projection of so many rows is divided, and which of its parts is here."""
-    weight = projection.weight
+def _place(model: Any) -> tuple[int, int | None]:
+    """Among how many processes the heads are divided, and the number of this one; None if nothing tells it."""
+    projection = next((m.q_proj for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+    if projection is None:
+        return 1, 0
+    weight = getattr(projection, "weight", None)  # quantised layers may have none
     mesh = getattr(weight, "device_mesh", None)  # transformers' own tensor parallelism: a distributed tensor
-    if mesh is not None:
+    if weight is not None and mesh is not None:
         if "tp" in (mesh.mesh_dim_names or ()):
             return mesh["tp"].size(), mesh["tp"].get_local_rank()
         divided = mesh.ndim == 1 and any(place.is_shard(0) for place in weight.placements)
         return (mesh.size(), mesh.get_local_rank()) if divided else (1, 0)
-    here = getattr(projection, "out_features", None) or weight.shape[0]
-    if here == rows:
+    whole = Shape.of(model.config)
+    rows = whole.heads * whole.head_dim
+    here = getattr(projection, "out_features", None) or (rows if weight is None else weight.shape[0])
+    ranks = -(-rows // here)
+    if ranks == 1:
         return 1, 0
     from torch import distributed
 
-    if not distributed.is_initialized() or rows % here:
-        raise InvalidValue(
-            f"q_proj has {here} of {rows} rows and no distributed tensor tells which: load the model with "
-            "transformers' tensor parallelism (tp_plan), or set sparse='off'"
-        )
-    ranks = rows // here
-    return ranks, distributed.get_rank() % ranks
+    return ranks, distributed.get_rank() % ranks if distributed.is_initialized() and rows % here == 0 else None
 
 
 def head_dim(config: Any) -> int:
     """Numbers a head of a transformers config, which need not say it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    said = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if said is None else said
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
@@ -181,11 +203,8 @@ def settings_of(config: Any, chunk_size: Any = None) -> dict[str, Any]:
     values = {key: given[key] for key in (*GEOMETRY_KEYS, *SPARSE_KEYS) if key in given}
     if "sparse_attention_last_q" in given:
         values["last_q"] = given["sparse_attention_last_q"]
-    budgets = values.get("sparse_attention_config")
-    if (
-        isinstance(budgets, str) and budgets != "minference"
-    ):  # a file beside the checkpoint, not in the working directory
-        values["sparse_attention_config"] = str(Path(getattr(config, "name_or_path", "") or "") / budgets)
+    if isinstance(given.get("sparse_attention_config"), str) and given["sparse_attention_config"] != "minference":
+        del values["sparse_attention_config"]  # names a file beside the checkpoint, which `budgets.own_file` looks for
     trained = trained_length(config)
     if chunk_size is None:
         chunk_size = values.get("chunk_size", trained)

@@ -37,3 +37,7 @@ class MissingFile(Refused, FileNotFoundError):
 
 class PatchConflict(Refused, RuntimeError):
     """The patch, the model and the cache do not belong together, or a run is in the way."""
+
+
+class NotFinite(Refused, RuntimeError):
+    """A model computes what is no number, and a run on it would mean nothing."""

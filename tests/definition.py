@@ -30,7 +30,7 @@ def all_rotations(tokens: int, chunk_size: int, local_size: int) -> torch.Tensor
     return torch.stack((query, (j % stride).expand(tokens, tokens)), -1)
 
 
-def turn(x: torch.Tensor, position: int, inv_freq: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, position: int, inv_freq: torch.Tensor) -> torch.Tensor:
     """Rotate one head vector by halves."""
     angle = position * inv_freq.double()
     first, second = x.double().chunk(2)
@@ -56,8 +56,8 @@ def dual_chunk_attention(
             logits = []
             for j in range(first_key, i + 1):
                 at_q, at_k = relative_rotations(i - first_key, j - first_key, chunk_size, local_size)
-                turned_q, turned_k = turn(q[i, h], at_q, inv_freq), turn(k[j, h // group], at_k, inv_freq)
-                logits.append(turned_q @ turned_k * scale)
+                query, key = rotated(q[i, h], at_q, inv_freq), rotated(k[j, h // group], at_k, inv_freq)
+                logits.append(query @ key * scale)
             share = torch.stack(logits).softmax(0)
             out[i, h] = share @ v[first_key : i + 1, h // group].double()
     return out

@@ -12,7 +12,8 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
-from qwen_longctx.checkpoint import local_heads
+from qwen_longctx.checkpoint import local_heads, local_shape
+from qwen_longctx.prefill.memory import kv_bytes
 
 
 def load(folder: str) -> torch.nn.Module:
@@ -40,6 +41,8 @@ def run(model: torch.nn.Module, ids: torch.Tensor, runs: list[dict]) -> list[dic
                 "kept": [float(record.kept) for record in state.records],
                 "budgets": state.head_budgets and state.head_budgets.verticals,
                 "report": cache.report(),
+                "bytes_a_token": sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+                / ids.numel(),
             }
         )
     return results
@@ -49,7 +52,8 @@ def main(folder: str, output: str) -> None:
     torch.distributed.init_process_group("gloo")
     model = load(folder).eval()
     ids, runs = torch.load(f"{folder}/ids.pt"), json.loads(Path(folder, "runs.json").read_text())
-    results = {"heads": tuple(local_heads(model)), "runs": run(model, ids, runs)}
+    planned = kv_bytes(local_shape(model), torch.float64)
+    results = {"heads": tuple(local_heads(model)), "planned": planned, "runs": run(model, ids, runs)}
     torch.save(results, f"{output}.{torch.distributed.get_rank()}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

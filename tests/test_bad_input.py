@@ -148,6 +148,21 @@ def test_forward_without_input():
         model()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64, torch.uint8, torch.int16, torch.uint64])
+def test_ids_of_a_dtype_that_no_embedding_takes(dtype):
+    model, ids = patch_qwen(tiny_model("qwen2")), torch.ones(1, 5).to(dtype)
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match=f"input_ids must be integers, got {dtype}: an embedding takes torch.int64"):
+            call(ids)
+
+
+def test_embeddings_that_are_integers():
+    model = patch_qwen(tiny_model("qwen2"))
+    for call in (model, model.generate):
+        with pytest.raises(TypeError, match="inputs_embeds must be floating point, got torch.int64"):
+            call(inputs_embeds=torch.ones(1, 5, 32, dtype=torch.long))
+
+
 def test_a_layer_called_alone():
     model = patch_qwen(tiny_model("qwen2"))
     with pytest.raises(RuntimeError, match="Qwen2Attention of a patched model was called without its model's forward"):

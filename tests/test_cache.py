@@ -105,6 +105,15 @@ def test_reset_and_deepcopy():
     assert layer.get_seq_length() == 2
 
 
+def test_an_emptied_layer_takes_another_batch_and_dtype():
+    layer, *_ = filled(20)
+    layer.reset()
+    k, v = (x.double() for x in states(4, batch=1))
+    keys, values = layer.update(k, v)
+    assert torch.equal(keys, k) and torch.equal(values, v) and keys.dtype == torch.float64
+    assert layer.store.buffers[0].shape[:2] == (1, 20)
+
+
 def test_empty_cache():
     cache = LongContextCache(10)
     assert cache.get_seq_length() == 0 and isinstance(cache, DynamicCache)

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_longctx.cli as cli
+from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main, options
 from qwen_longctx.config import SPARSE
 from qwen_longctx.errors import InvalidValue
@@ -65,12 +67,16 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    assert done.returncode == 0, done.stderr
-    assert "usage: qwen-longctx" in done.stdout and "--help" in done.stdout
-    assert seconds < 1.5
+    seconds = []
+    for _ in range(3):  # the quickest counts: machines that run tests are shared
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - begin)
+        assert done.returncode == 0, done.stderr
+        assert "usage: qwen-longctx" in done.stdout and "--help" in done.stdout
+        if seconds[-1] < 1:
+            break
+    assert min(seconds) < 1, seconds
 
 
 def test_python_m():
@@ -113,6 +119,16 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run([sys.executable, "-m", "qwen_longctx.cli", "doctor"], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert done.returncode == 141 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ü漢字.json", os.fsdecode(b"\xff.json")])
+def test_a_terminal_that_lacks_letters_of_a_name(name, tmp_path):
+    """The work is done, and its end must not be a traceback."""
+    command = [sys.executable, "-m", "qwen_longctx.cli", *PASSKEY, "--model", str(BUNDLED), "--output", name]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "written to \\" in done.stdout and json.loads((tmp_path / name).read_text())["records"]
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -179,6 +195,19 @@ def of_no_known_type(folder):
     change(folder, model_type="qwen99")
 
 
+def no_activation(folder):
+    change(folder, hidden_act="nonsense")
+
+
+def no_heads(folder):
+    change(folder, num_attention_heads=0)
+
+
+def budgets_of_its_own(folder):
+    section = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
+    change(folder, dual_chunk_attention_config={**section, "sparse_attention_enabled": True})
+
+
 def layers_in_words(folder):
     change(folder, num_hidden_layers="four")
 
@@ -195,9 +224,11 @@ CHECKPOINTS = [
     (broken_config, ("cannot load the config",)),
     (a_list_as_config, ("cannot load the config",)),
     (no_config, ("cannot load the config",)),
-    (no_qwen, ("is a model of type 'llama': only qwen2, qwen2_moe, qwen3, qwen3_moe can be patched",)),
+    (no_qwen, ("is a model of type 'llama': name one of those known, qwen2, qwen2_moe, qwen3, qwen3_moe",)),
     (of_no_known_type, ("cannot load the config", "qwen99")),
-    (layers_in_words, ("cannot load the config",)),
+    (layers_in_words, ("cannot load the config", "num_hidden_layers")),
+    (no_activation, ("cannot load the weights", "nonsense")),
+    (no_heads, ("num_attention_heads of the checkpoint's config must be a whole number from 1 on, got 0",)),
 ]
 
 
@@ -208,6 +239,54 @@ def test_broken_checkpoints(broken, messages, copy, capsys):
     assert all(message in line for message in messages), line
 
 
+@pytest.mark.parametrize("broken", [no_heads, no_activation], ids=lambda value: value.__name__)
+def test_plan_of_a_broken_config(broken, copy, capsys):
+    """It loads no weights, and must find out by itself."""
+    broken(copy)
+    assert "correct config.json" in refused(["plan", "--model", str(copy), "--tokens", "9"], capsys)
+
+
+def test_budgets_that_are_not_there_are_told_before_a_model_is_loaded(copy, capsys, unloaded):
+    budgets_of_its_own(copy)
+    for command in (
+        [*PASSKEY, "--sparse", "vertical_slash"],
+        ["quality", "--lengths", "512", "--variants", "vertical_slash"],
+    ):
+        assert "needs the budgets that" in refused([*command, "--model", str(copy)], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flex would run there")
+def test_a_kernel_that_does_not_run_is_told_before_the_first_row(capsys):
+    command = [
+        "quality",
+        *B,
+        "--lengths",
+        "512",
+        "--packages",
+        "qwen_longctx",
+        "--variants",
+        "block_scores:kernel=flex",
+    ]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and 'kernel="flex" needs a CUDA device' in err
+
+
+def test_weights_on_disk(tmp_path):
+    """Accelerate keeps them away from every device, and the model says that its own is "meta"."""
+    model = AutoModelForCausalLM.from_pretrained(
+        BUNDLED, dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path
+    )
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    ids = passkey.prompt(tokenizer, 300, 0.5, "12345")
+    with patched_qwen(model):
+        assert passkey.ask(model, tokenizer, 300, 0.5, "12345").correct
+    assert [row["variant"] for row in quality.evaluate(model, tokenizer, ids, [quality.variant("off")])] == [
+        "dense",
+        "off",
+    ]
+
+
 @pytest.mark.parametrize("name", ["no/such/folder", "no such name", "", "nobody/nothing", "x" * 300])
 @pytest.mark.parametrize("command", ["passkey", "quality", "calibrate", "plan"])
 def test_no_checkpoint(command, name, tmp_path, capsys, unloaded):
@@ -216,9 +295,10 @@ def test_no_checkpoint(command, name, tmp_path, capsys, unloaded):
     assert f"cannot load the config of {name!r}" in refused([command, "--model", name, *rest], capsys)
 
 
-@pytest.mark.parametrize("place", ["banana", "cuda:77", "{"])
+@pytest.mark.parametrize("place", ["banana", "cuda:77", "{", "", "meta"])
 def test_no_such_device(place, capsys):
-    assert "cannot load the weights" in refused([*PASSKEY, "--model", str(BUNDLED), "--device-map", place], capsys)
+    message = "--device-map meta loads no weights" if place == "meta" else "cannot load the weights"
+    assert message in refused([*PASSKEY, "--model", str(BUNDLED), "--device-map", place], capsys)
 
 
 # --- requests -----------------------------------------------------------------------------------------------------
@@ -228,7 +308,11 @@ SHORT = ["quality", *B, "--lengths", "512", "--judged", "9"]
 REQUESTS = [
     (["passkey", *B, "--lengths", "20"], "length must be at least"),
     (["passkey", *B, "--lengths", "1000000000000"], "ask for fewer tokens"),
-    (["quality", *B, "--lengths", "512"], "judged must be between 1 and 511 for a text of 512 tokens, got 8192"),
+    (["quality", *B, "--lengths", "1"], "a text must have at least 2 tokens, one to judge and one before it, got 1"),
+    (
+        ["quality", *B, "--lengths", "512", "--judged", "8192"],
+        "judged must be between 1 and 511 for a text of 512 tokens, got 8192",
+    ),
     (["quality", *B, "--lengths", "900", "512", "--judged", "512"], "judged must be between 1 and 511"),
     (
         [*SHORT, "--packages", "os.path"],
@@ -246,6 +330,14 @@ REQUESTS = [
     ),
     (["quality", *B, "--lengths", "40", "--judged", "9", "--depths", "0.5"], "length must be at least"),
     (["quality", *B, "--lengths", "5000000", "--judged", "9", "--packages", "json"], "name a larger package"),
+    (
+        [*SHORT, "--variants", "off", "vertical_slash:sparse_attention_config=nowhere.json"],
+        "there is no file nowhere.json",
+    ),
+    (
+        [*SHORT, "--variants", "off", "vertical_slash:sparse_attention_config=minference"],
+        "needs the package minference",
+    ),
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
     (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed, got bench stock: leave it out"),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,33 @@ def test_what_a_checkpoint_says():
     plain.dual_chunk_attention_config = {"chunk_size": 80, "local_size": 8, "sparse_attention_last_q": 3, "other": 1}
     settings = LongContextConfig.from_model_config(plain, local_size=16)
     assert (settings.chunk_size, settings.local_size, settings.last_q) == (80, 16, 3)
+
+
+SIZES = [
+    ({"num_attention_heads": 0}, "num_attention_heads of the checkpoint's config must be .* got 0"),
+    ({"num_hidden_layers": None}, "num_hidden_layers of the checkpoint's config must be .* got None"),
+    ({"hidden_size": -8}, "hidden_size .* got -8"),
+    ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) .* must divide num_attention_heads \(4\)"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads .* got 0"),
+    ({"head_dim": 0}, "a head of the checkpoint has 0 numbers"),
+    ({"head_dim": 7}, "a head of the checkpoint has 7 numbers"),
+    ({"head_dim": None, "hidden_size": 2}, "a head of the checkpoint has 0 numbers"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), SIZES)
+def test_configs_of_no_model(values, message):
+    """Told by name, not by a division by zero."""
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+    }
+    with pytest.raises(InvalidValue, match=message):
+        checkpoint.Shape.of(SimpleNamespace(**{**sizes, **values}))
+    assert checkpoint.Shape.of(SimpleNamespace(**sizes)).kv_heads == 4
 
 
 @pytest.mark.parametrize("name", ["qwen_longctx.config", "qwen_longctx.checkpoint"])

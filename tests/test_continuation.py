@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, patched_qwen, unpatch_qwen
@@ -140,3 +144,80 @@ def test_a_filled_cache_is_saved_and_loaded(make, tmp_path):
         torch.testing.assert_close(model(prompt(5), past_key_values=loaded).logits, wanted)
     with patched_qwen(model, local_size=8), pytest.raises(PatchConflict, match="the cache was filled with"):
         model(prompt(5), past_key_values=loaded)
+
+
+@pytest.mark.parametrize("make", CACHES)
+@torch.no_grad()
+def test_every_row_is_continued_at_its_own_positions(make):
+    """One row of position ids for a padded batch counts each row otherwise; no row may go on as another one does."""
+    model, cache = patch_qwen(tiny_model(dtype=torch.float64)), make()
+    ids, mask = prompt(90, 2), torch.ones(2, 90, dtype=torch.long)
+    mask[0, :50] = 0
+    model(ids, attention_mask=mask, position_ids=torch.arange(90)[None], past_key_values=cache)
+    longer = torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1)
+    for rows in ([0, 1], [1, 0]):
+        cache.reorder_cache(torch.tensor(rows))
+        longer = longer[rows]
+        shift = torch.tensor([50, 0])[rows if rows == [1, 0] else [0, 1]]
+        wrong = longer.cumsum(1)[:, 90:] - 1 + shift.flip(0)[:, None]
+        with pytest.raises(InvalidValue, match="do not continue the cache: the first new token of row"):
+            model(prompt(3, 2), attention_mask=longer, position_ids=wrong, past_key_values=cache)
+    for positions in (torch.arange(90, 93)[None], (longer.cumsum(1) - 1)[:, 90:], None):
+        found = model(prompt(3, 2), attention_mask=longer, position_ids=positions, past_key_values=cache).logits
+        cache.crop(-3)
+        torch.testing.assert_close(found[1], model(torch.cat((ids[:1, 50:], prompt(3, 2)[1:]), 1)).logits[0, -3:])
+
+
+@pytest.mark.parametrize("make", CACHES)
+@pytest.mark.parametrize("layers", [(2, 3), (3, 2)])
+@torch.no_grad()
+def test_the_cache_of_a_model_with_other_layers_is_refused(make, layers):
+    """Some layers would grow and others not, and the next call would take that for an interruption."""
+    first, second = (patch_qwen(tiny_model(num_hidden_layers=count)) for count in layers)
+    cache = make()
+    first(prompt(60), past_key_values=cache)
+    for call in (
+        lambda: second(prompt(5), past_key_values=cache),
+        lambda: second.generate(prompt(65), past_key_values=cache),
+    ):
+        with pytest.raises(PatchConflict, match=f"holds {layers[0]} layers and the model has {layers[1]}"):
+            call()
+    assert cache.get_seq_length() == 60
+
+
+class OwnLayer(DynamicLayer):
+    """A layer of somebody else's."""
+
+
+@torch.no_grad()
+def test_layers_of_any_kind_are_copied_and_pickled():
+    model, cache = patch_qwen(tiny_model(dtype=torch.float64)), DynamicCache()
+    cache.layer_class_to_replicate = OwnLayer
+    model(prompt(60), past_key_values=cache)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), copy.deepcopy(copy.deepcopy(cache))):
+        assert [type(layer).guarded for layer in copied.layers] == [OwnLayer] * 2
+        found = model(prompt(5), past_key_values=copied).logits
+        torch.testing.assert_close(found, model(torch.cat((prompt(60), prompt(5)), 1)).logits[:, 60:])
+
+
+@pytest.mark.parametrize("make", CACHES)
+@pytest.mark.parametrize("tokens", [40, 60])
+@torch.no_grad()
+def test_an_emptied_cache_serves_a_stock_model(make, tokens):
+    """What the patch knew of it is forgotten: no padding, no geometry, and no keys beyond the first chunk."""
+    model, cache = tiny_model(dtype=torch.float64), make()
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, :30] = 0
+    with patched_qwen(model):
+        model(prompt(90, 2), attention_mask=mask, past_key_values=cache)
+    cache.crop(-90)
+    parts = [model(prompt(tokens, 2)[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, tokens))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(prompt(tokens, 2)).logits, atol=1e-5, rtol=1e-5)
+    with patched_qwen(model):
+        if tokens == 60:
+            with pytest.raises(PatchConflict, match="the cache holds 60 tokens, 60 of which this patch did not write"):
+                model(prompt(5, 2), past_key_values=cache)
+        else:
+            found = model(prompt(5, 2), past_key_values=cache).logits
+            whole = torch.cat((prompt(40, 2), prompt(5, 2)), 1)
+            torch.testing.assert_close(found, model(whole).logits[:, 40:], atol=1e-5, rtol=1e-5)

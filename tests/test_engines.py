@@ -15,6 +15,7 @@ import torch
 import qwen_longctx
 from qwen_longctx import ops
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.ops import device as devices
 from qwen_longctx.ops import engines, fa4, triton_runtime
 from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.ops.columns import columns
@@ -38,10 +39,14 @@ def capability(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: version)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(fa4, "_missing", lambda: "")
+        forget()
+
+    def forget():
         engines._dense.cache_clear()
+        devices.capability.cache_clear()
 
     yield pretend
-    engines._dense.cache_clear()
+    forget()
 
 
 def dense_engine(dtype, tokens=4096, head_dim=128, device=CUDA):
@@ -95,6 +100,39 @@ def test_cudnn_and_flash_attention_4_from_9_on(version, dtype, capability):
     assert dense_engine(dtype, head_dim=96) == "flash"
     assert ops.list_kernel("auto", CUDA, dtype, 128, 128) == "fa4"
     assert ops.list_kernel("auto", CUDA, dtype, 128, 256) == ops.list_kernel("auto", CUDA, dtype, 96, 128) == "flex"
+
+
+@pytest.mark.parametrize("version", BELOW_8 + FROM_8_ON)
+def test_head_dims_that_are_not_aligned(version, capability):
+    """No fused kernel reads rows that begin anywhere."""
+    capability(version)
+    for dtype in (torch.float16, torch.float32):
+        for head_dim in range(1, 40):
+            engine = "reference" if head_dim % 4 else "efficient"
+            if dtype == torch.float16 and version >= (8, 0) and head_dim % 8 == 0:
+                engine = "flash"
+            assert dense_engine(dtype, head_dim=head_dim) == engine
+
+
+@pytest.mark.parametrize(
+    ("version", "least"),
+    [((6, 1), ()), ((7, 0), (torch.float16, torch.float32)), ((7, 5), (torch.float16, torch.float32))],
+)
+def test_triton_where_it_knows_device_and_dtype(version, least, capability, monkeypatch):
+    """Beside the engines of attention: merging, rotating, selecting, and the norms of Liger-Kernel."""
+    monkeypatch.setattr(triton_runtime, "AVAILABLE", True)
+
+    def runs(*dtypes):
+        return devices.uses_triton(
+            *(SimpleNamespace(is_cuda=True, device=CUDA, dtype=dtype, requires_grad=False) for dtype in dtypes)
+        )
+
+    capability(version)
+    assert [dtype for dtype in (*HALF, torch.float32, torch.float64) if runs(dtype)] == list(least)
+    assert not runs(torch.float32, torch.bfloat16) and not runs(torch.bfloat16, torch.float32)
+    for newer in FROM_8_ON:
+        capability(newer)
+        assert [dtype for dtype in (*HALF, torch.float32, torch.float64) if runs(dtype)] == [*HALF, torch.float32]
 
 
 def test_other_devices_and_dtypes(capability):
@@ -209,6 +247,7 @@ def launch(*args, **kwargs):
 def test_a_gradient_of_any_input_keeps_to_pytorch(module, function, monkeypatch):
     """A kernel that looked at the first input only would drop the gradients of the others without a word."""
     monkeypatch.setattr("qwen_longctx.ops.triton_runtime.AVAILABLE", True)
+    monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
     monkeypatch.setattr(sys.modules[f"qwen_longctx.ops.{module}"], f"{module}_triton", launch)
     q, k = (torch.randn(1, 8, 8, 8).as_subclass(OnCuda) for _ in range(2))
     with pytest.raises(Launched):
@@ -298,7 +337,7 @@ def test_a_broken_flash_attention_4_gives_way(file, content, reason, flash_attn,
         (flash_attn / "__init__.py").unlink()
         (flash_attn / "block_sparsity.py").unlink()
         flash_attn.rmdir()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(devices, "capability", lambda device: (9, 0))
     kind = CUDA, torch.bfloat16, 128, 128
     assert ops.why_not(*kind)["fa4"].startswith(reason)
     assert ops.list_kernel("auto", *kind) == ("flex" if triton_runtime.AVAILABLE else "reference")

@@ -1,4 +1,4 @@
-"""Everything that generate offers, on prompts that meet all three kinds of segments, prefilled in chunks."""
+"""Everything that generate offers, on prompts that reach all three kinds of segments, prefilled in chunks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache, TextStreamer
 
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, patched_qwen
+from qwen_longctx.errors import InvalidValue
 
 CHUNK = 23
 NEW = 12
@@ -176,15 +177,82 @@ def test_paged_cache_is_refused(model):
     class PagedAttentionCache:
         """Stands for the class of transformers' continuous batching."""
 
-    with pytest.raises(NotImplementedError, match="PagedAttentionCache is not supported: pass a DynamicCache"):
+    with pytest.raises(NotImplementedError, match="PagedAttentionCache, the cache of generate_batch"):
         generate(model, prompt(100), past_key_values=PagedAttentionCache())
+    with pytest.raises(NotImplementedError, match=r"cache_implementation='paged' \(continuous batching\)"):
+        generate(model, prompt(100), cache_implementation="paged")
+
+
+@pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
+@pytest.mark.parametrize("masked", [False, True])
+def test_embeddings_of_the_whole_text_beside_a_filled_cache(model, make, masked):
+    """As in stock transformers the embeddings are those of the cached tokens too; others are refused."""
+    ids, cache = prompt(170), make()
+    embeddings = model.get_input_embeddings()(ids)
+    wanted = generate(model, ids)[:, 170:]
+    given = {"max_new_tokens": NEW, "do_sample": False, "past_key_values": cache}
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=cache)
+    with pytest.raises(InvalidValue, match="inputs_embeds hold 70 tokens, the cache 100: .* of the whole text"):
+        model.generate(inputs_embeds=embeddings[:, 100:], **mask, **given)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **mask, **given), wanted)
+
+
+@pytest.mark.parametrize("make", [lambda: None, DynamicCache, LongContextCache])
+def test_prefill_chunks_of_transformers(model, make):
+    """The option `prefill_chunk_size` of generate cuts the prompt outside of the model."""
+    ids = prompt(170, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :90] = 0
+    wanted = generate(model, ids, attention_mask=mask)
+    assert torch.equal(generate(model, ids, attention_mask=mask, prefill_chunk_size=31, past_key_values=make()), wanted)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
+def test_loops_of_others(model, make):
+    """What a custom generation loop does with a cache: rows repeated and selected, the last token taken back."""
+    ids, candidates, last = prompt(170), prompt(4, seed=8).T, prompt(1, seed=9)
+
+    def contrast(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        cache = make()
+        model(input_ids, past_key_values=cache)
+        cache.batch_repeat_interleave(4)
+        tried = model(candidates, past_key_values=cache).logits
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([2]))
+        return tried, model(last, past_key_values=cache).logits
+
+    tried, found = model.generate(ids, custom_generate=contrast, max_new_tokens=NEW, do_sample=False)
+    with torch.no_grad():
+        texts = torch.cat((ids.expand(4, -1), candidates), 1)
+        torch.testing.assert_close(tried, model(texts).logits[:, -1:])
+        torch.testing.assert_close(found, model(torch.cat((ids, last), 1)).logits[:, -1:])
+
+
+@pytest.mark.parametrize("limit", [{"max_length": 10**6}, {"max_new_tokens": 10**6}])
+def test_a_static_cache_is_judged_by_the_whole_run(limit):
+    """By all tokens that may come, not by those for which a cache that grows takes room at first."""
+    geometry = {"chunk_size": 1 << 18, "local_size": 1 << 13}
+    model = patch_qwen(tiny_model("qwen2"), **geometry)
+    with pytest.raises(NotImplementedError, match="holds one chunk of 253952 tokens at most, this run has 1000"):
+        model.generate(prompt(30), cache_implementation="static", **limit)
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_too_small_is_refused(model):
+    ran: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda *args: ran.append(1))
+    with pytest.raises(InvalidValue, match="the static cache has room for 30 tokens, this run has 40"):
+        model(prompt(40), past_key_values=StaticCache(config=model.config, max_cache_len=30))
+    assert not ran
 
 
 def test_a_run_that_cannot_fit_says_so(model, monkeypatch):
     from qwen_longctx.patches import generation
 
     def tight(self, prompt_, length, rows, settings):
-        generation.memory.check_fits(self.config, length, rows, self.dtype, 10_000, settings)
+        generation.memory.check_fits(generation.local_shape(self), length, rows, self.dtype, 10_000, settings)
 
     monkeypatch.setattr(generation, "_check_memory", tight)
     with pytest.raises(MemoryError, match="1 x 182 tokens need .* GiB of KV cache .* tokens would fit"):

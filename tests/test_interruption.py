@@ -133,3 +133,16 @@ def test_a_cache_that_cannot_give_tokens_back_is_refused_afterwards():
         model(ids[:, 20:], past_key_values=cache)
     with pytest.raises(PatchConflict, match="a call was interrupted"):
         model(ids[:, 20:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("make", CACHES)
+@torch.no_grad()
+def test_an_interrupted_first_call_leaves_a_new_cache(make):
+    """The next call may have another batch."""
+    model, cache = patch_qwen(tiny_model(dtype=torch.float64), prefill_chunk_size=30), make()
+    ids = prompt(170)
+    Break(model.model.layers[1], 2, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids.expand(3, -1), past_key_values=cache)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert cache.layers[0].keys.shape[0] == 1

@@ -9,6 +9,8 @@ import torch
 
 from qwen_longctx import LongContextConfig
 from qwen_longctx.bench.shapes import model_config
+from qwen_longctx.checkpoint import Shape
+from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.prefill import memory
 
 BF16 = torch.bfloat16
@@ -25,7 +27,7 @@ def settings(config):
 
 
 def test_the_shape_of_the_7b(config, settings):
-    assert memory.kv_bytes(config, BF16) == 57_344
+    assert memory.kv_bytes(Shape.of(config), BF16) == 57_344
     found = memory.estimate(config, 1_010_000, 1, BF16, settings)
     assert found.kv_cache == 57_344 * 1_010_000
     assert found.weights == pytest.approx(15.2e9, rel=0.01)
@@ -45,23 +47,23 @@ def test_the_estimate_covers_what_sparse_prefill_was_measured_to_take(config, se
 
 
 def test_activations_do_not_grow_with_the_prompt(config, settings):
-    short, long = (memory.activation_bytes(config, n, 1, BF16, settings) for n in (32_768, 1_000_000))
+    short, long = (memory.activation_bytes(Shape.of(config), n, 1, BF16, settings) for n in (32_768, 1_000_000))
     assert short == long
 
 
 def test_what_fits_is_said(config, settings):
     free = 20 * memory.GIB
-    with pytest.raises(MemoryError, match="20.0 GiB are free: (.*) tokens would fit") as told:
-        memory.check_fits(config, 1_000_000, 1, BF16, free, settings)
+    with pytest.raises(DoesNotFit, match="20.0 GiB are free: (.*) tokens would fit") as told:
+        memory.check_fits(Shape.of(config), 1_000_000, 1, BF16, free, settings)
     fit = int(str(told.value).split("free: ")[1].split(" tokens")[0].replace(",", ""))
-    memory.check_fits(config, fit, 1, BF16, free, settings)
+    memory.check_fits(Shape.of(config), fit, 1, BF16, free, settings)
     with pytest.raises(MemoryError):
-        memory.check_fits(config, fit + 1, 1, BF16, free, settings)
+        memory.check_fits(Shape.of(config), fit + 1, 1, BF16, free, settings)
 
 
 @pytest.mark.parametrize("tokens, batch", [(0, 1), (5, 0)])
 def test_nothing_to_estimate(config, settings, tokens, batch):
-    with pytest.raises(ValueError, match=f"tokens and batch must be at least 1, got {tokens} and {batch}"):
+    with pytest.raises(InvalidValue, match=f"tokens and batch must be at least 1, got {tokens} and {batch}"):
         memory.estimate(config, tokens, batch, BF16, settings)
 
 
@@ -73,3 +75,18 @@ def test_sparse_prefill_counts_its_means_and_lists(config, settings):
     assert more.activations - dense.activations == pytest.approx(means + pairs, rel=0.01)
     short = memory.estimate(config, 30_000, 1, BF16, sparse)
     assert short == memory.estimate(config, 30_000, 1, BF16, settings)
+
+
+def test_a_process_of_tensor_parallelism_needs_its_part(config, settings):
+    """Cache, sparse lists and MLP follow the local heads and widths; the hidden states are whole in every process."""
+    sparse = replace(settings, sparse="block_scores")
+    whole, part = Shape.of(config), Shape.of(config, 4)
+    assert (part.heads, part.kv_heads, part.hidden) == (7, 1, 3584)
+    assert 4 * memory.kv_bytes(part, BF16) == memory.kv_bytes(whole, BF16)
+    one, all_of_it = (memory.activation_bytes(shape, 1_000_000, 1, BF16, sparse) for shape in (part, whole))
+    stream = 3 * 32_768 * 3584 * 2
+    assert 4 * (one - stream) == pytest.approx(all_of_it - stream, rel=0.01)
+    free = memory.kv_bytes(part, BF16) * 1_000_000 + one
+    memory.check_fits(part, 1_000_000, 1, BF16, free, sparse)
+    with pytest.raises(DoesNotFit):
+        memory.check_fits(part, 1_000_000, 1, BF16, free - 1, sparse)

@@ -147,3 +147,61 @@ def test_a_padded_cache_is_continued_with_its_own_mask_only(mask, make, rows):
         alone = make()
         model(texts[row][None], past_key_values=alone)
         torch.testing.assert_close(logits[number], model(new[number][None], past_key_values=alone).logits[0])
+
+
+@pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
+@torch.no_grad()
+def test_a_row_of_padding_alone_begins_later(make):
+    """The position ids of generate count such a row's first token as its second; every start is as good."""
+    model = patch_qwen(tiny_model(dtype=torch.float64), prefill_chunk_size=30)
+    rows, ids, mask = batch([150, 90], "left")
+    padded = torch.cat((torch.zeros(1, 150, dtype=torch.long), ids))
+    three = torch.cat((torch.zeros_like(mask[:1]), mask))
+    out = model.generate(padded, attention_mask=three, past_key_values=make(), max_new_tokens=5, do_sample=False)
+    for number, row in enumerate(rows):
+        alone = model.generate(row[None], max_new_tokens=5, do_sample=False)
+        assert torch.equal(out[number + 1, 150:], alone[0, len(row) :])
+    cache, new = make(), torch.randint(1, 97, (3, 70))
+    model(padded, attention_mask=three, past_key_values=cache)
+    logits = model(new, attention_mask=torch.cat((three, torch.ones_like(new)), 1), past_key_values=cache).logits
+    torch.testing.assert_close(logits[0], model(new[:1]).logits[0])
+
+
+@pytest.mark.parametrize("make", [DynamicCache, LongContextCache])
+@torch.no_grad()
+def test_a_row_that_is_cropped_into_its_padding_begins_anew(make):
+    model = patch_qwen(tiny_model(dtype=torch.float64), attention_temperature=False)
+    rows, ids, mask = batch([90, 20], "left")
+    cache, new = make(), torch.randint(1, 97, (2, 60))
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.crop(-40)
+    own = torch.cat((mask[:, :50], torch.ones_like(new)), 1)
+    logits = model(new, attention_mask=own, past_key_values=cache).logits
+    torch.testing.assert_close(logits[0], model(torch.cat((rows[0][:50], new[0]))[None]).logits[0, 50:])
+    torch.testing.assert_close(logits[1], model(new[1:]).logits[0])
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5, float("nan"), float("-inf")])
+@torch.no_grad()
+def test_masks_of_other_values_are_refused(value):
+    """Also where all values are alike, so that nothing looks like padding."""
+    model = patch_qwen(tiny_model())
+    with pytest.raises(InvalidValue, match="attention_mask must be 1 at tokens and 0 at padding"):
+        model(torch.ones(2, 40, dtype=torch.long), attention_mask=torch.full((2, 40), value))
+
+
+@torch.no_grad()
+def test_a_block_diagonal_mask_is_not_taken_for_padding():
+    """Seen from its last row, a packed mask of 4 dimensions looks like one with padding on the left."""
+    model = patch_qwen(tiny_model(dtype=torch.float64))
+    ids = torch.randint(1, 97, (1, 40))
+    causal = torch.ones(40, 40).tril().bool()
+    packed = causal.clone()
+    packed[20:, :20] = False
+    with pytest.raises(InvalidValue, match="takes no custom masks"):
+        model(ids, attention_mask=packed[None, None])
+    real = torch.arange(40) >= 20
+    for blank in (False, True):  # where a query is padding, some kernels want it to see everything
+        padded = (causal & real).masked_fill(~real[:, None], blank)
+        found = model(ids, attention_mask=padded[None, None]).logits[:, 20:]
+        torch.testing.assert_close(found, model(ids[:, 20:]).logits)

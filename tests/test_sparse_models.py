@@ -6,15 +6,17 @@ import copy
 import json
 import logging
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen
 from qwen_longctx.cli import BUNDLED, main
+from qwen_longctx.errors import MissingFile, NotFinite
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
-from qwen_longctx.evaluation.calibrate import calibrate
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import mean_keys
 from qwen_longctx.sparsity import budgets, request
@@ -213,7 +215,7 @@ def test_a_warning_says_once_that_attention_is_approximate(caplog):
 def test_broken_activations_stop_the_run():
     model = patch_qwen(long_model(), **ON)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="layer 1, tokens .* recalls nan .* 'reference'"):
+    with pytest.raises(NotFinite, match="layer 1, tokens .* 'reference', recalls nan: the activations .* not finite"):
         logits(model, prompt(500))
 
 
@@ -271,6 +273,104 @@ def test_budgets_are_read_back_as_written(tmp_path):
     assert budgets.load(by_layer, 2, 2) == found
 
 
+class Hub:
+    """Stands for the hub and its cache: the files that a name has there, and what was asked for."""
+
+    def __init__(self, monkeypatch, cached=(), absent=(), offline=True):
+        self.cached, self.absent, self.offline = dict(cached), absent, offline
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self.look)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.fetch)
+
+    def look(self, name, file, revision=None):
+        return self.cached.get((name, file), object() if (name, file) in self.absent else None)
+
+    def fetch(self, name, file, revision=None):
+        if self.offline:
+            raise LocalEntryNotFoundError("offline")
+        path = self.folder / file
+        path.write_text(json.dumps(SMALL))
+        return str(path)
+
+
+def of_the_hub(**section):
+    config = long_model().config
+    config.name_or_path = "nobody/tiny"
+    config.dual_chunk_attention_config.update(section)
+    return config
+
+
+def folder_of_that_name(tmp_path, monkeypatch, verticals=7, **config):
+    """A folder in the working directory that happens to have the name of a checkpoint on the hub."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "nobody" / "tiny"
+    folder.mkdir(parents=True)
+    content = [{str(head): ["vertical_and_slash", verticals, 120, 0.5] for head in range(4)}] * 2
+    for name in (budgets.FILE_NAME, "other.json"):
+        (folder / name).write_text(json.dumps(content))
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("there", [{}, {"model_type": "qwen2", "num_hidden_layers": 99}, [1]])
+@pytest.mark.parametrize("section", [{}, {"sparse_attention_config": "other.json"}])
+def test_a_name_of_the_hub_is_no_folder(there, section, tmp_path, monkeypatch):
+    folder = folder_of_that_name(tmp_path, monkeypatch)
+    if there:
+        (folder / "config.json").write_text(json.dumps(there))
+    file = section.get("sparse_attention_config", budgets.FILE_NAME)
+    cached = tmp_path / "cached.json"
+    cached.write_text(json.dumps(SMALL))
+    Hub(monkeypatch, {("nobody/tiny", file): str(cached), ("nobody/tiny", "config.json"): "there"})
+    assert budgets.of_checkpoint(of_the_hub(**section)).verticals == [[40] * 4] * 2
+    cache = LongContextCache()
+    model = long_model()
+    model.config.name_or_path = "nobody/tiny"
+    model.config.dual_chunk_attention_config.update(section)
+    with patched_qwen(model, **{**ON, "sparse": "vertical_slash"}):
+        logits(model, prompt(500), cache)
+    assert cache.sparse_state.head_budgets.verticals == [[40] * 4] * 2
+
+
+def test_a_relative_folder_of_the_model_itself_is_taken(tmp_path, monkeypatch):
+    config = of_the_hub()
+    keys = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    folder_of_that_name(tmp_path, monkeypatch, **{key: getattr(config, key) for key in keys})
+    Hub(monkeypatch)
+    assert budgets.of_checkpoint(config).verticals == [[7] * 4] * 2
+    config.dual_chunk_attention_config["sparse_attention_config"] = "other.json"
+    assert budgets.of_checkpoint(config).verticals == [[7] * 4] * 2
+
+
+@pytest.mark.parametrize("section", [{"sparse_attention_enabled": True}, {"sparse_attention_config": "other.json"}])
+def test_budgets_that_a_checkpoint_has_are_never_replaced_in_silence(section, tmp_path, monkeypatch):
+    """Not by a folder of that name, and not by MInference's default."""
+    folder_of_that_name(tmp_path, monkeypatch)
+    Hub(monkeypatch, {("nobody/tiny", "config.json"): "there"})
+    with pytest.raises(MissingFile, match="needs the budgets that nobody/tiny has, but .* cannot be fetched .offline"):
+        budgets.of_checkpoint(of_the_hub(**section))
+    config = of_the_hub(**section)
+    config.name_or_path = str(tmp_path)
+    with pytest.raises(MissingFile, match=r"has, but there is no (other|sparse_attention_config)\.json in"):
+        budgets.of_checkpoint(config)
+
+
+def test_a_checkpoint_without_budgets_says_so(monkeypatch, caplog, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    budgets._warn_once.cache_clear()
+    Hub(monkeypatch, {("nobody/tiny", "config.json"): "there"}, absent=[("nobody/tiny", budgets.FILE_NAME)])
+    with caplog.at_level(logging.WARNING):
+        assert budgets.of_checkpoint(of_the_hub()) == budgets.uniform(2, 4)
+    assert f"because nobody/tiny has no {budgets.FILE_NAME} on the hub" in caplog.text
+
+
+def test_budgets_are_fetched_from_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, {("nobody/tiny", "config.json"): "there"}, offline=False)
+    hub.folder = tmp_path
+    assert budgets.of_checkpoint(of_the_hub(sparse_attention_enabled=True)).verticals == [[40] * 4] * 2
+
+
 def test_budgets_of_an_installed_minference(tmp_path, monkeypatch):
     """Found by the model's name, without an import: the package's own import fails on new transformers."""
     folder = tmp_path / "minference" / "configs"
@@ -297,7 +397,11 @@ BAD_BUDGETS = [
     ([{"1": ["block_sparse", 8, 1, 0.5]}, {}], "head 1 of layer 0 has the pattern 'block_sparse'"),
     ([{}, {"0": ["vertical_and_slash", 0, 10, 1]}], "verticals must be a positive whole number, got 0"),
     ([{}, {"0": ["vertical_and_slash", 10, 1.5, 1]}], "slashes must be a positive whole number, got 1.5"),
+    ([{}, {"0": ["vertical_and_slash", 10**30, 10, 1]}], "verticals must be a positive whole number, got 1000"),
+    ([{}, {"0": ["vertical_and_slash", 10, 10, "x"]}], "head 0 of layer 1: the score must be a number, got 'x'"),
+    ([{}, {"0": ["vertical_and_slash", 10, 10, None]}], "the score must be a number, got None"),
     ([{}, {"9": ["vertical_and_slash", 10, 10, 1]}], "names head '9' of layer 1: the model has 2"),
+    ([{}, {"²": ["vertical_and_slash", 10, 10, 1]}], "names head '²' of layer 1: the model has 2"),
 ]
 
 
@@ -356,61 +460,7 @@ def test_the_default_block_divides_the_stride(stride, given, tile):
     assert LongContextConfig(stride + 64, 64, 100, sparse="auto", block_size=given).tile == tile
 
 
-# --- calibration and quality --------------------------------------------------------------------------------------
-
-
-def test_calibration_improves_recall_and_loads_back(tmp_path):
-    model, path = long_model(), tmp_path / "found" / budgets.FILE_NAME
-    start = budgets.HeadBudgets([[31] * 4] * 2, [[101] * 4] * 2, [[0.0] * 4] * 2)
-    settings = {"sparse_attention_threshold": 200, "block_size": 32}
-    done = calibrate(model, [prompt(400), prompt(700)], start, path, threshold=0.9, step=64, rounds=8, **settings)
-    assert done[0].lowest_recall < 0.9 <= done[-1].lowest_recall and done[-1].raised == 0
-    assert not path.with_name(path.name + ".progress").exists()
-    recall = []
-    for source in (budgets.dump(start), str(path)):
-        cache = LongContextCache()
-        with patched_qwen(model, sparse="vertical_slash", sparse_attention_config=source, **settings):
-            logits(model, prompt(700), cache)
-        recall.append(min(x["lowest_recall"] for x in cache.report()["layers"]))
-    assert recall[1] > recall[0] and recall[1] >= 0.9
-    for row, slashes in zip(budgets.load(path, 2, 4).verticals, budgets.load(path, 2, 4).slashes, strict=True):
-        assert all((v - 31) % 64 == 0 and v - 31 == s - 101 for v, s in zip(row, slashes, strict=True))
-
-
-def test_calibration_resumes(tmp_path, monkeypatch):
-    model = long_model()
-    start = budgets.HeadBudgets([[31] * 4] * 2, [[101] * 4] * 2, [[0.0] * 4] * 2)
-    settings = {"sparse_attention_threshold": 200, "block_size": 32}
-    how = {"threshold": 0.95, "step": 4, "rounds": 4, **settings}
-    whole = calibrate(model, [prompt(500)], start, tmp_path / "whole.json", **how)
-    import qwen_longctx.evaluation.calibrate as module
-
-    measured, calls = module._recall, []
-
-    def twice_then_stop(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measured(*args)
-
-    monkeypatch.setattr(module, "_recall", twice_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **how)
-    with pytest.raises(ValueError, match="notes the progress of another request"):
-        calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **{**how, "threshold": 0.8})
-    assert calibrate(model, [prompt(500)], start, tmp_path / "cut.json", **how) == whole
-    assert len(calls) == 3 + len(whole) - 2 and len(whole) == 4
-    assert (tmp_path / "cut.json").read_text() == (tmp_path / "whole.json").read_text()
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [({"threshold": 1.0}, "threshold must lie between 0 and 1"), ({"step": 0}, "step and rounds must be at least 1")],
-)
-def test_bad_calibration(values, message, tmp_path):
-    start = budgets.uniform(2, 4)
-    with pytest.raises(ValueError, match=message):
-        calibrate(long_model(), [prompt(300)], start, tmp_path / "x.json", **values)
+# --- quality --------------------------------------------------------------------------------------
 
 
 def test_source_code_is_real_text_of_exact_length():
@@ -420,6 +470,9 @@ def test_source_code_is_real_text_of_exact_length():
     assert corpus.fingerprint(ids) == corpus.fingerprint(ids.clone()) != corpus.fingerprint(ids + 1)
     with pytest.raises(ValueError, match="package 'no_such_package' is not installed"):
         corpus.source_code(tokenizer, 300, "no_such_package")
+    for length in (0, -5):
+        with pytest.raises(ValueError, match=f"a text must have at least 1 token, got {length}"):
+            corpus.source_code(tokenizer, length, "qwen_longctx")
     with pytest.raises(ValueError, match="name a larger package"):
         corpus.source_code(tokenizer, 10_000_000, "qwen_longctx")
 
@@ -454,6 +507,24 @@ def test_quality_command(tmp_path):
     assert main(["plot", str(output), "--output", str(plot)]) == 0 and plot.stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("tokens", "judged"), [(2, 1), (3, 1), (512, 256), (16383, 8191), (16384, 8192), (10**6, 8192)]
+)
+def test_half_of_a_short_text_is_judged(tokens, judged):
+    assert quality.default_judged(tokens) == judged
+
+
+def test_quality_of_short_texts_needs_no_judged(tmp_path):
+    """Each text has its own default; a length that is given twice is one text."""
+    output = tmp_path / "quality.json"
+    command = ["quality", "--model", str(BUNDLED), "--lengths", "64", "512", "64", "--dtype", "float32"]
+    assert main([*command, "--packages", "qwen_longctx", "--variants", "off", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["tokens"], row["judged"], row["variant"]) for row in rows] == [
+        (tokens, tokens // 2, variant) for tokens in (64, 512) for variant in ("dense", "off")
+    ]
+
+
 def test_points_of_a_plot_are_means_over_texts():
     rows = [
         {"tokens": 9, "package": package, "variant": variant, "nll": nll, "density": share, "agreement": 0.9}
@@ -465,15 +536,6 @@ def test_points_of_a_plot_are_means_over_texts():
         ]
     ]
     assert plots._points(rows) == {("rule:mass", 9): [(pytest.approx(20), 0.5, pytest.approx(90))]}
-
-
-def test_calibrate_command(tmp_path, capsys):
-    output = tmp_path / "found.json"
-    command = ["calibrate", "--model", str(BUNDLED), "--lengths", "600", "--package", "qwen_longctx"]
-    assert main([*command, "--dtype", "float32", "--rounds", "1", "--output", str(output)]) == 0
-    assert "600 tokens, round 1: recall 1.0000" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
-    budgets.load(output, model.config.num_hidden_layers, model.config.num_attention_heads)
 
 
 def test_bundled_checkpoint_finds_passkeys_sparsely():

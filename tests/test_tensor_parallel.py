@@ -56,6 +56,8 @@ def test_two_processes_are_one(tmp_path):
     wanted = run(model, ids, RUNS)
     parts = [torch.load(tmp_path / f"results.{rank}", weights_only=False) for rank in range(2)]
     assert [part["heads"] for part in parts] == [(2, 1, 0), (2, 1, 2)]
+    for part in parts:  # what the memory check counts with is what the cache of a process takes
+        assert {one["bytes_a_token"] for one in part["runs"]} == {part["planned"]} == {wanted[0]["bytes_a_token"] / 2}
     for one, *both in zip(wanted, *(part["runs"] for part in parts), strict=True):
         for part in both:
             torch.testing.assert_close(part["logits"], one["logits"], atol=1e-9, rtol=1e-9)
@@ -63,6 +65,12 @@ def test_two_processes_are_one(tmp_path):
             torch.testing.assert_close(torch.cat(halves, dim=1), whole, atol=1e-9, rtol=1e-9)
         for whole, *halves in zip(one["kept"], *(part["kept"] for part in both), strict=True):
             assert sum(halves) == pytest.approx(whole)
+        for part in both:
+            assert part["report"]["tokens"] == 500 and part["report"]["prefill_seconds"] > 0
+            assert [x["layer"] for x in part["report"]["layers"]] == [x["layer"] for x in one["report"]["layers"]]
+        for whole, *halves in zip(one["report"]["layers"], *(part["report"]["layers"] for part in both), strict=True):
+            assert sum(half["recall"] for half in halves) / 2 == pytest.approx(whole["recall"])
+            assert min(half["lowest_recall"] for half in halves) == pytest.approx(whole["lowest_recall"])
         densities = [part["report"]["density"] for part in both]
         assert sum(densities) / 2 == pytest.approx(one["report"]["density"])  # of the local heads
         if one["budgets"] is not None:
@@ -81,11 +89,25 @@ def sharded(rows: int) -> nn.Module:
 
 def test_local_heads_of_projections_cut_by_hand(monkeypatch):
     assert checkpoint.local_heads(sharded(32)) == checkpoint.Heads(4, 2, 0)
-    with pytest.raises(ValueError, match="q_proj has 16 of 32 rows and no distributed tensor tells which"):
+    with pytest.raises(ValueError, match="q_proj holds 2 of 4 heads and no distributed tensor tells which"):
         checkpoint.local_heads(sharded(16))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
     assert checkpoint.local_heads(sharded(16)) == checkpoint.Heads(2, 1, 2)
+
+
+def test_the_shape_of_projections_cut_by_hand():
+    """What a process needs is known, also where nothing tells which part it has."""
+    shape = checkpoint.local_shape(sharded(16))
+    assert (shape.heads, shape.kv_heads, shape.head_dim, shape.hidden, shape.intermediate) == (2, 1, 8, 32, 32)
+    assert checkpoint.local_shape(sharded(32)) == checkpoint.Shape.of(tiny_model().config)
+
+
+def test_a_quantised_projection_may_have_no_weight():
+    model = tiny_model()
+    for layer in model.model.layers:
+        del layer.self_attn.q_proj.weight
+    assert checkpoint.local_heads(model) == checkpoint.Heads(4, 2, 0)
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 3, 4])

@@ -230,6 +230,31 @@ def test_frozen_models_outside_no_grad_are_chunked_and_sliced(mode):
         torch.testing.assert_close(model(ids).logits, out.logits)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_frozen_models_under_gradient_checkpointing(reentrant):
+    """Checkpointing drops caches where gradients are on; with nothing to train, chunks need theirs."""
+    model = patch_qwen(tiny_model(dtype=torch.float64), prefill_chunk_size=50)
+    ids, cache = prompt(170), LongContextCache()
+    wanted = model(ids).logits
+    model.train().requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(model(ids).logits, wanted)
+    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 90), (90, 91), (91, 170))]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+
+
+def test_a_head_alone_is_trained_on_a_frozen_base():
+    """The base prefills in chunks and keeps nothing; the head has its gradients."""
+    model = tiny_model(dtype=torch.float64).train()
+    model.model.requires_grad_(False)
+    ids, found = prompt(170), []
+    for size in (1000, 50):
+        patch_qwen(model, prefill_chunk_size=size)
+        found.append(gradients(model, model(ids, labels=ids).loss))
+    assert list(found[0]) == ["lm_head.weight"]
+    assert_same(found[1], found[0])
+
+
 def test_trainer_bf16(tmp_path):
     """transformers' own Trainer, float32 weights under autocast, texts beyond the chunk size, loss goes down."""
     transformers = pytest.importorskip("transformers")

@@ -8,6 +8,7 @@ import torch
 
 from qwen_longctx import ops
 from qwen_longctx.attention import sparse
+from qwen_longctx.errors import Unsupported
 from qwen_longctx.geometry.layout import Layout, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
 from qwen_longctx.geometry.rotary import rotate
@@ -120,7 +121,7 @@ def weights(q: torch.Tensor, kv: KeyValues, layout: Layout, scale: float) -> tor
     for group in layout.groups:
         (segment, *others), *more = [span.segments for span in group.spans]
         if others or more:
-            raise NotImplementedError(
+            raise Unsupported(
                 f"output_attentions reaches {group.spans[-1].stop} tokens, beyond the first chunk: "
                 "leave output_attentions out for prompts of more than chunk_size - local_size tokens"
             )

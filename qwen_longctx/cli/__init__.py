@@ -6,6 +6,7 @@ What is heavy (torch, transformers, most of this package) is imported inside `ru
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         defect and keeps its traceback.
     """
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file's name
     try:
         args.run(args)
         sys.stdout.flush()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qwen_longctx.errors import DoesNotFit, MissingFile, Refused, Unsupported
+from qwen_longctx.errors import DoesNotFit, InvalidValue, MissingFile, Refused, Unsupported
 
 
 def load_config(name: str, any_model: bool = False) -> Any:
@@ -29,15 +29,23 @@ def load_config(name: str, any_model: bool = False) -> Any:
 
     with _reading("config", name):
         config = AutoConfig.from_pretrained(name)
-    if not any_model:
-        from qwen_longctx import patches
-
-        known = [family.module for family in patches.FAMILIES]
-        if config.model_type not in known:
-            raise Unsupported(
-                f"{name} is a model of type {config.model_type!r}: only {', '.join(known)} can be patched. Name another"
-            )
+    if not any_model and not _is_qwen(config):
+        known = ", ".join(_families())
+        raise Unsupported(f"{name} is a model of type {config.model_type!r}: name one of those known, {known}")
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise Unsupported(f"{name} has a vocabulary of {vocabulary} tokens: name a whole checkpoint of a text model")
     return config
+
+
+def _families() -> list[str]:
+    from qwen_longctx import patches
+
+    return [family.module for family in patches.FAMILIES]
+
+
+def _is_qwen(config: Any) -> bool:
+    return config.model_type in _families()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -63,12 +71,14 @@ def load_model(args: argparse.Namespace) -> Any:
 
     Raises
     ------
-    MissingFile
+    MissingFile, InvalidValue
         The weights are absent, cut short or incomplete, or do not go where they should.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    if args.device_map == "meta":
+        raise InvalidValue("--device-map meta loads no weights: name a device that holds them, or auto")
     with _reading("weights", args.model):
         model, info = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map, output_loading_info=True
@@ -84,17 +94,24 @@ def load_model(args: argparse.Namespace) -> Any:
 def check_room(config: Any, lengths: list[int], dtype: str) -> None:
     """Refuse runs that no memory of this machine can hold, before anything is loaded.
 
+    Of models that cannot be patched nothing is known.
+
     Raises
     ------
     DoesNotFit
-        Weights and KV cache of the longest run are larger than all memory of the machine and its GPUs.
+        The KV cache of the longest run is larger than all memory of the machine and its GPUs.
+    InvalidValue
+        The config names a size that no model has.
     """
     import torch
 
+    from qwen_longctx.checkpoint import Shape
     from qwen_longctx.prefill import memory
 
+    if not _is_qwen(config):
+        return
     longest = max(lengths)
-    needed = memory.kv_bytes(config, getattr(torch, dtype)) * longest
+    needed = memory.kv_bytes(Shape.of(config), getattr(torch, dtype)) * longest
     room = _memory_of_the_machine()
     if needed > room:
         raise DoesNotFit(
@@ -118,7 +135,9 @@ def _reading(what: str, name: str) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+        lines = [line.strip() for line in lines if line.strip()]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
         raise MissingFile(
             f"cannot load the {what} of {name!r}: {reason}. Check the folder or hub name, that the checkpoint is "
             "whole, and the device"

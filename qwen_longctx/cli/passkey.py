@@ -28,12 +28,13 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.evaluation import passkey
     from qwen_longctx.evaluation.environment import write_results
     from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.sparsity import check_budgets
 
     if args.output is not None:
         check_writable(args.output)
     config = checkpoint.load_config(args.model, any_model=args.no_patch)
     if not args.no_patch:
-        LongContextConfig.from_model_config(config, sparse=args.sparse)
+        check_budgets(LongContextConfig.from_model_config(config, sparse=args.sparse), config)
     checkpoint.check_room(config, args.lengths, args.dtype)
     tokenizer = checkpoint.load_tokenizer(args.model)
     passkey.check(tokenizer, args.lengths, args.depths, args.repeats, config.vocab_size)

@@ -15,7 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_lengths(parser, "tokens of the text")
     parser.add_argument("--variants", nargs="+", metavar="RULE[:SETTING=VALUE,…]", help="what to compare")
-    parser.add_argument("--judged", type=at_least_one, help="tokens at the end that are judged, 8192 by default")
+    parser.add_argument(
+        "--judged",
+        type=at_least_one,
+        help="tokens at the end that are judged; by default 8192, or half of a short text",
+    )
     parser.add_argument(
         "--depths", type=depth, nargs="*", default=[], help="passkeys at the same length, one for each depth of 0 to 1"
     )
@@ -32,19 +36,19 @@ def run(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         check_writable(args.output)
+    lengths = sorted(set(args.lengths))
     variants = [quality.variant(text) for text in args.variants or quality.DEFAULT_VARIANTS]
-    judged = args.judged or quality.JUDGED
     packages = args.packages or [corpus.PACKAGE]
     config = checkpoint.load_config(args.model)
-    quality.check(config, min(args.lengths), variants, judged, args.depths)
-    checkpoint.check_room(config, args.lengths, args.dtype)
+    quality.check(config, lengths[0], variants, args.judged, args.depths)
+    checkpoint.check_room(config, lengths, args.dtype)
     tokenizer = checkpoint.load_tokenizer(args.model)
     if args.depths:
-        passkey.check(tokenizer, args.lengths, args.depths, 1, config.vocab_size)
-    longest = {package: corpus.source_code(tokenizer, max(args.lengths), package) for package in packages}
+        passkey.check(tokenizer, lengths, args.depths, 1, config.vocab_size)
+    longest = {package: corpus.source_code(tokenizer, lengths[-1], package) for package in packages}
     for ids in longest.values():
         passkey.check_tokens(ids, config.vocab_size)
-    texts = [(package, longest[package][:, :length]) for length, package in product(args.lengths, packages)]
+    texts = [(package, longest[package][:, :length]) for length, package in product(lengths, packages)]
     model = checkpoint.load_model(args)
     about: dict[str, Any] = {"model": Path(args.model).name, "trained_length": config.max_position_embeddings}
     about["texts"] = [
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     done: list[dict[str, Any]] = []
     for package, ids in texts:
-        for figures in quality.evaluate(model, tokenizer, ids, variants, judged, args.depths):
+        for figures in quality.evaluate(model, tokenizer, ids, variants, args.judged, args.depths):
             row = {"package": package, **figures}
             shown = {key: value for key, value in row.items() if not isinstance(value, dict)}
             print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)

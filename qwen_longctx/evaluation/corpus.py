@@ -33,8 +33,10 @@ def source_code(tokenizer: Any, length: int, package: str = PACKAGE) -> torch.Te
     Raises
     ------
     InvalidValue
-        The package is not installed, or its source is shorter.
+        The package is not installed, or its source is shorter; `length` is below 1.
     """
+    if length < 1:
+        raise InvalidValue(f"a text must have at least 1 token, got {length}")
     folder = _folder(package)
     tokens: list[int] = []
     for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):

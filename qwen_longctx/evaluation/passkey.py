@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx.errors import InvalidValue
+from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.patches.method import cache_of
 
@@ -125,9 +125,12 @@ def check_tokens(ids: torch.Tensor, vocabulary: int) -> None:
 
     Raises
     ------
-    InvalidValue
+    InvalidValue, InvalidType
     """
-    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+    if not isinstance(ids, torch.Tensor):
+        raise InvalidType(f"a text must be a tensor of token ids, got {type(ids).__name__}")
+    wrong = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if ids.ndim != 2 or len(ids) != 1 or ids.shape[1] == 0 or wrong:
         raise InvalidValue(
             f"a text must be token ids of shape (1, tokens), got {ids.dtype} of shape {tuple(ids.shape)}: "
             "give whole numbers, one row at a time"
@@ -209,9 +212,14 @@ def evaluate(
     return list(records(model, tokenizer, lengths, depths, repeats, seed))
 
 
+def input_device(model: Any) -> torch.device:
+    """Where the token ids of a model belong: on the host, where accelerate keeps its first weights off every device."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def ask(model: Any, tokenizer: Any, length: int, depth: float, key: str) -> Record:
     """Ask for one key."""
-    ids = prompt(tokenizer, length, depth, key).to(model.device)
+    ids = prompt(tokenizer, length, depth, key).to(input_device(model))
     cuda = ids.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(ids.device)

@@ -13,11 +13,12 @@ import torch
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches, sparsity
+from qwen_longctx.checkpoint import head_dim
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import passkey
 
-JUDGED = 8192  # tokens at the end of the text
+JUDGED = 8192  # tokens at the end of the text, where it has twice as many
 _ROWS_AT_A_TIME = 256  # of float32 logits over the vocabulary
 _OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", "density", "mass", "score_threshold"}
 
@@ -110,22 +111,30 @@ def compare(judged: Judged, truth: Judged) -> dict[str, float]:
     return {"nll": nll / tokens, "agreement": agreement / tokens, "kl": divergence / tokens}
 
 
-def check(config: Any, tokens: int, variants: Sequence[Variant], judged: int, depths: Sequence[float]) -> None:
+def default_judged(tokens: int) -> int:
+    """Tokens that are judged of a text of so many: `JUDGED`, or half of a short text."""
+    return min(JUDGED, tokens // 2)
+
+
+def check(config: Any, tokens: int, variants: Sequence[Variant], judged: int | None, depths: Sequence[float]) -> None:
     """Refuse a request of `evaluate` that cannot be fulfilled, from the model's config alone.
 
     Raises
     ------
-    InvalidValue, InvalidType
-        `judged` does not fit the text, a depth is outside 0 to 1, or a variant has a setting that is not valid.
+    InvalidValue, InvalidType, MissingFile
+        `judged` does not fit the text, a depth is outside 0 to 1, or a variant has a setting that is not valid, or
+        needs budgets that are not there.
     """
-    if not 0 < judged < tokens:
+    if tokens < 2:
+        raise InvalidValue(f"a text must have at least 2 tokens, one to judge and one before it, got {tokens}")
+    if judged is not None and not 0 < judged < tokens:
         raise InvalidValue(
             f"judged must be between 1 and {tokens - 1} for a text of {tokens} tokens, got {judged}: judge fewer "
             "tokens, or give a longer text"
         )
     passkey.check_depths(depths)
     for one in variants:
-        LongContextConfig.from_model_config(config, **one.overrides)
+        sparsity.check_budgets(LongContextConfig.from_model_config(config, **one.overrides), config)
 
 
 def evaluate(
@@ -133,7 +142,7 @@ def evaluate(
     tokenizer: Any,
     ids: torch.Tensor,
     variants: Sequence[Variant],
-    judged: int = JUDGED,
+    judged: int | None = None,
     depths: Sequence[float] = (),
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
@@ -149,8 +158,8 @@ def evaluate(
     ids : torch.Tensor
         Shape (1, tokens): the text.
     variants : sequence of Variant
-    judged : int
-        Tokens at the end that are judged.
+    judged : int, optional
+        Tokens at the end that are judged, by default `default_judged`.
     depths : sequence of float
         Passkeys asked for at the same length, one a depth.
     seed : int
@@ -158,8 +167,8 @@ def evaluate(
 
     Raises
     ------
-    InvalidValue, InvalidType
-        See `check` and `passkey.check`; before the first run.
+    InvalidValue, InvalidType, MissingFile
+        See `check` and `passkey.check`; or a kernel does not run here. All before the first run.
     """
     vocabulary = model.config.vocab_size
     passkey.check_tokens(ids, vocabulary)
@@ -169,7 +178,11 @@ def evaluate(
     check(model.config, tokens, variants, judged, depths)
     if depths:
         passkey.check(tokenizer, [tokens], depths, 1, vocabulary)
-    ids = ids.to(model.device)
+    judged = default_judged(tokens) if judged is None else judged
+    ids = ids.to(passkey.input_device(model))
+    for one in variants:  # a kernel that does not run here
+        settings = LongContextConfig.from_model_config(model.config, **one.overrides)
+        sparsity.rule_name(settings, ids.device, model.dtype, head_dim(model.config))
     truth: Judged | None = None
     runs = [Variant("dense", {**base, "sparse": "off"}), *variants]
     with transformers_logging.tqdm(total=len(runs), desc=f"Quality at {tokens:,}", unit="run") as bar:

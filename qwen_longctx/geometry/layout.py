@@ -29,6 +29,16 @@ class Extent(NamedTuple):
     last: int
 
 
+class Origin(NamedTuple):
+    """Where a row begins behind its padding, -1 for padding alone; and what its position ids count beyond its tokens.
+
+    Rotary attention knows distances only, so a constant shift of the position ids changes nothing.
+    """
+
+    first: int
+    shift: int = 0
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of the user: where the tokens of every row lie.
@@ -44,32 +54,26 @@ class Call:
     prompt : int
         The attention temperature of tokens before this index is that of a sequence that ends there; 0 on a cache that
         held tokens before the call. See `Call.temperature_length`.
-    shifts : frozenset of int
-        What the position ids of each row count more than the row's tokens. Rotary attention knows distances only, so a
-        constant shift changes nothing.
+    origins : tuple of Origin
+        Of every row, for the calls that continue it.
     """
 
     rows: tuple[Extent, ...]
     cached: int
     end: int
     prompt: int
-    shifts: frozenset[int] = frozenset({0})
+    origins: tuple[Origin, ...]
 
     @classmethod
     def whole(cls, batch: int, tokens: int, cached: int = 0) -> Call:
         """A call without padding."""
         end = cached + tokens
-        return cls((Extent(0, end),) * batch, cached, end, 0 if cached else end)
+        return cls((Extent(0, end),) * batch, cached, end, 0 if cached else end, (Origin(0),) * batch)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(row.last - row.first for row in self.rows)
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each row begins behind its padding, -1 for padding alone."""
-        return tuple(row.first if row.last else -1 for row in self.rows)
 
     def temperature_length(self, row: Extent, position: int) -> int:
         """Length n that the attention temperature of a query goes by, where it goes by the prompt's length.
@@ -116,6 +120,8 @@ class Layout:
         Attention weights are asked for.
     sparse : sparsity.Request, optional
         Sparse prefill of this forward.
+    attended : list of int
+        Numbers of the layers whose attention has used this layout, in order.
     """
 
     groups: tuple[RowGroup, ...]
@@ -126,6 +132,7 @@ class Layout:
     mode: Mode = "prefill"
     weights: bool = False
     sparse: Any = None
+    attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Layout:
@@ -154,8 +161,7 @@ def read_call(
     batch: int,
     tokens: int,
     cached: int,
-    known_shifts: frozenset[int] = frozenset(),
-    known_starts: tuple[int, ...] = (),
+    known: tuple[Origin, ...] = (),
     announced: int = 0,
 ) -> Call:
     """Read which tokens are real from what the caller gives, and check it. One transfer to the host, or none.
@@ -169,10 +175,8 @@ def read_call(
         comes from the mask.
     batch, tokens, cached : int
         Rows, tokens of this call, tokens in the cache before it.
-    known_shifts : frozenset of int
-        Shifts of the position ids that filled the cache, beside 0.
-    known_starts : tuple of int
-        Where each row of the cache begins behind its padding, -1 for padding alone; empty if unknown.
+    known : tuple of Origin
+        Of the rows of the cache; empty if unknown.
     announced : int
         Length of the prompt, where the call that fills the cache brings more tokens than the prompt; else 0.
 
@@ -189,42 +193,55 @@ def read_call(
         call = replace(Call.whole(batch, tokens, cached), prompt=prompt)
     else:
         rows, shifts = _read_rows(mask, position_ids, batch, tokens, cached)
-        call = Call(rows, cached, end, prompt, shifts)
-    if cached:
-        _check_continuation(call, known_shifts | {0}, known_starts)
-    return call
+        origins = tuple(Origin(row.first if row.last else -1, shift) for row, shift in zip(rows, shifts, strict=True))
+        call = Call(rows, cached, end, prompt, origins)
+    return _continued(call, known) if cached else call
 
 
 def _read_rows(
     mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, tokens: int, cached: int
-) -> tuple[tuple[Extent, ...], frozenset[int]]:
+) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
     """Extents and shifts of all rows, from a mask or positions or both."""
     end = cached + tokens
     if position_ids is not None:
         _check_positions(position_ids, batch, tokens)
     shift = _unpadded_shift(mask, position_ids, cached)
     if shift is not None:
-        return (Extent(0, end),) * batch, frozenset({shift})
+        return (Extent(0, end),) * batch, (shift,) * batch
     mask = torch.ones(batch, end, dtype=torch.bool) if mask is None else mask
     return _read_mask(mask, position_ids, cached)
 
 
-def _check_continuation(call: Call, shifts: frozenset[int], starts: tuple[int, ...]) -> None:
-    """Refuse rows or positions that do not continue those of the cache."""
-    if starts and len(starts) != len(call.rows):
-        raise InvalidValue(f"the call has {len(call.rows)} rows and the cache {len(starts)}: give it as many")
-    for number, (known, start) in enumerate(zip(starts, call.starts, strict=False)):
-        if start != known and known >= 0:
+def _continued(call: Call, known: tuple[Origin, ...]) -> Call:
+    """The call with the shifts that the cache knows; refuses rows or positions that do not continue those of the cache.
+
+    A row of which the cache holds padding alone begins with this call, wherever its position ids do.
+    """
+    known = known or tuple(Origin(origin.first) for origin in call.origins)
+    if known == call.origins:
+        return call
+    if len(known) != len(call.rows):
+        raise InvalidValue(f"the call has {len(call.rows)} rows and the cache {len(known)}: give it as many")
+    origins = []
+    for number, (old, new) in enumerate(zip(known, call.origins, strict=True)):
+        if not 0 <= old.first < call.cached:
+            origins.append(new)
+            continue
+        if new.first != old.first:
             raise InvalidValue(
-                f"row {number} of the cache begins at token {known}, behind its padding, and the attention_mask of "
-                f"this call says {start} (no mask says 0): give the mask of all tokens, cached ones included"
+                f"row {number} of the cache begins at token {old.first}, behind its padding, and the attention_mask of "
+                f"this call says {new.first} (no mask says 0): give the mask of all tokens, cached ones included"
             )
-    if not call.shifts <= shifts:
-        wrong = min(call.shifts - shifts)
-        raise InvalidValue(
-            f"position_ids do not continue the cache: the first new token of a row stands {wrong:+d} tokens from where "
-            "the cached tokens of the row end. Leave position_ids out, or start with a new cache"
-        )
+        if new.shift not in (0, old.shift):
+            again = new.shift == old.first - call.cached  # positions from 0 on
+            raise InvalidValue(
+                f"position_ids do not continue the cache: the first new token of row {number} stands "
+                f"{new.shift - old.shift:+d} tokens from where the cached tokens of the row end"
+                + (", as if the text began again (assisted decoding does so beside a filled cache)" if again else "")
+                + ". Leave position_ids out, or start with a new cache"
+            )
+        origins.append(old)
+    return replace(call, origins=tuple(origins))
 
 
 def _checked_mask(mask: Any, batch: int, end: int) -> torch.Tensor | None:
@@ -260,7 +277,7 @@ def _check_positions(position_ids: Any, batch: int, tokens: int) -> None:
 def _unpadded_shift(mask: torch.Tensor | None, position_ids: torch.Tensor | None, cached: int) -> int | None:
     """What all position ids count more than the tokens, if nothing is padded and it is one number; else None."""
     device = position_ids.device if position_ids is not None else mask.device  # type: ignore[union-attr]
-    full = torch.ones((), dtype=torch.long, device=device) if mask is None else mask.all().to(device, torch.long)
+    full = torch.ones((), dtype=torch.long, device=device) if mask is None else (mask == 1).all().to(device, torch.long)
     if position_ids is None:
         return 0 if full.item() else None
     low, high = torch.aminmax(position_ids - torch.arange(cached, cached + position_ids.shape[1], device=device))
@@ -268,27 +285,27 @@ def _unpadded_shift(mask: torch.Tensor | None, position_ids: torch.Tensor | None
     return least if unpadded and least == most else None
 
 
-def _shifts(position_ids: torch.Tensor | None, first: torch.Tensor, real: torch.Tensor, cached: int) -> frozenset[int]:
+def _shifts(position_ids: torch.Tensor | None, first: torch.Tensor, real: torch.Tensor, cached: int) -> tuple[int, ...]:
     """Position ids minus positions, one number a row; `first` of shape (batch,), `real` (batch, tokens)."""
     if position_ids is None:
-        return frozenset({0})
+        return (0,) * len(first)
     index = torch.arange(cached, cached + position_ids.shape[1], device=position_ids.device)
     apart = position_ids.long() - index + first.to(position_ids.device)[:, None]
     real = real.to(apart.device)
     low = apart.masked_fill(~real, torch.iinfo(apart.dtype).max)
     high = apart.masked_fill(~real, torch.iinfo(apart.dtype).min)
     bounds = torch.stack((low.amin(1), high.amax(1)), 1).tolist()
-    if any(least < most for least, most in bounds):
+    if any(least < most for least, most in bounds):  # a row without real tokens has its bounds the other way round
         raise InvalidValue(
             "position_ids must grow by one from token to token (packed or reordered sequences are not supported): "
             "run each sequence as a row of its own, or leave position_ids out"
         )
-    return frozenset(least for least, most in bounds if least == most) or frozenset({0})
+    return tuple(least if least == most else 0 for least, most in bounds)
 
 
 def _read_mask(
     mask: torch.Tensor, position_ids: torch.Tensor | None, cached: int
-) -> tuple[tuple[Extent, ...], frozenset[int]]:
+) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
     """Extents and shifts of all rows."""
     end = mask.shape[1]
     real = mask != 0
@@ -343,10 +360,10 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
-    groups, heated = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
+    groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)
-    heat = _heat(call, positions, heated, settings, device) if heated else None
+    factors = _query_factors(call, positions, varying, settings, device) if varying else None
     tables = RotaryTables(
         positions,
         kinds,
@@ -355,7 +372,7 @@ def make_layout(
         rotary.inv_freq,
         rotary.attention_scaling,
         dtype,
-        heat,
+        factors,
     )
     everything = slice(0, len(call.rows)), slice(0, stop - start)
     covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == everything
@@ -376,7 +393,7 @@ def _groups(
 ) -> tuple[list[RowGroup], list[bool]]:
     """Groups of equal rows with tokens in ``[start, stop)``, and whether each row's temperature differs by query."""
     groups: list[RowGroup] = []
-    heated: list[bool] = []
+    varying: list[bool] = []
     rows = call.rows
     begin = 0
     for end in range(1, len(rows) + 1):
@@ -389,14 +406,14 @@ def _groups(
             at, to = first - row.first, last - row.first
             border = row.last - row.first - dense_end
             cut = min(max(at, border), to)
-            found = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
+            parts = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
             ends = [_temperature(call, row, position, settings) for position in (at, to - 1)]
             one = ends[0] if ends[0] == ends[1] else 1.0
             queries = slice(first - start, last - start)
-            groups.append(RowGroup(slice(begin, end), queries, row.first, found, one, border))
-        heated += [ends[0] != ends[1]] * (end - begin)
+            groups.append(RowGroup(slice(begin, end), queries, row.first, parts, one, border))
+        varying += [ends[0] != ends[1]] * (end - begin)
         begin = end
-    return groups, heated if any(heated) else []
+    return groups, varying if any(varying) else []
 
 
 def _temperature(call: Call, row: Extent, position: int, settings: LongContextConfig) -> float:
@@ -405,15 +422,15 @@ def _temperature(call: Call, row: Extent, position: int, settings: LongContextCo
     return settings.temperature(position + 1 if by_position else call.temperature_length(row, position))
 
 
-def _heat(
-    call: Call, positions: torch.Tensor, heated: list[bool], settings: LongContextConfig, device: torch.device
+def _query_factors(
+    call: Call, positions: torch.Tensor, varying: list[bool], settings: LongContextConfig, device: torch.device
 ) -> torch.Tensor:
-    """``f²`` of every query of the rows that are `heated`, shape (rows, tokens), float64; 1 in the others."""
+    """``f²`` of every query of the rows in which it is `varying`, shape (rows, tokens), float64; 1 in the others."""
     by_position = settings.attention_temperature == "position"
     prompts = [0 if by_position else min(row.last, call.prompt) - row.first for row in call.rows]
-    if positions.shape[0] == 1 and len(set(zip(prompts, heated, strict=True))) == 1:
-        prompts, heated = prompts[:1], heated[:1]
+    if positions.shape[0] == 1 and len(set(zip(prompts, varying, strict=True))) == 1:
+        prompts, varying = prompts[:1], varying[:1]
     exact = torch.float32 if device.type == "mps" else torch.float64
     lengths = torch.maximum(positions + 1, torch.tensor(prompts, device=device)[:, None]).to(exact)
     factor = (0.1 * (lengths / settings.original_max_position_embeddings).log() + 1.0).clamp(min=1.0) ** 2
-    return factor.where(torch.tensor(heated, device=device)[:, None], 1.0)
+    return factor.where(torch.tensor(varying, device=device)[:, None], 1.0)

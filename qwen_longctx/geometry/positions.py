@@ -1,7 +1,8 @@
-"""Dual-chunk geometry in whole numbers: which keys a query meets, and at which rotary positions.
+"""Dual-chunk geometry in whole numbers: which keys a query attends to, and at which rotary positions.
 
 Source: Dual Chunk Attention (arXiv 2402.17463, equations 2 to 8) as Qwen2.5-1M runs it (clamped at ``chunk_size``).
-The stride is ``s = chunk_size - local_size``. A key at position p rotates by ``p mod s``; a query meets
+The stride is ``s = chunk_size - local_size``. A key at position p rotates by ``p mod s``. A query at position
+p attends to
 
 =========== ======================= =========================== ========
 segment     keys                    query rotates by            mask
@@ -22,7 +23,7 @@ Kind = Literal["intra", "successive", "inter"]
 
 
 class Segment(NamedTuple):
-    """Keys of positions ``[key_start, key_stop)`` that a span of queries meets in one way."""
+    """Keys of positions ``[key_start, key_stop)``, towards which a span of queries rotates in one way."""
 
     kind: Kind
     key_start: int
@@ -30,14 +31,14 @@ class Segment(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Queries of positions ``[start, stop)``, all in one chunk, and the segments of keys they meet."""
+    """Queries of positions ``[start, stop)``, all in one chunk, and the segments of keys they attend to."""
 
     start: int
     stop: int
     segments: tuple[Segment, ...]
 
 
-def spans(start: int, stop: int, stride: int, first_key: int = 0) -> tuple[Span, ...]:
+def spans(start: int, stop: int, stride: int) -> tuple[Span, ...]:
     """Cut the queries ``[start, stop)`` at multiples of `stride` and list each part's segments.
 
     Parameters
@@ -46,26 +47,24 @@ def spans(start: int, stop: int, stride: int, first_key: int = 0) -> tuple[Span,
         Positions of the first query and of the one after the last.
     stride : int
         Length of a chunk, in tokens.
-    first_key : int
-        Position of the oldest key.
 
     Returns
     -------
     tuple of Span
         In order. Empty segments are left out; the intra segment is the first of each span.
     """
-    found = []
+    cut = []
     while start < stop:
         chunk = start // stride * stride
         end = min(chunk + stride, stop)
         segments = (
-            Segment("intra", max(chunk, first_key), end),
-            Segment("successive", max(chunk - stride, first_key), chunk),
-            Segment("inter", first_key, chunk - stride),
+            Segment("intra", chunk, end),
+            Segment("successive", max(chunk - stride, 0), chunk),
+            Segment("inter", 0, chunk - stride),
         )
-        found.append(Span(start, end, tuple(s for s in segments if s.key_start < s.key_stop)))
+        cut.append(Span(start, end, tuple(s for s in segments if s.key_start < s.key_stop)))
         start = end
-    return tuple(found)
+    return tuple(cut)
 
 
 def key_positions(positions: torch.Tensor, stride: int) -> torch.Tensor:

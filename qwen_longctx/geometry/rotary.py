@@ -83,7 +83,7 @@ class RotaryTables:
         Geometry, in tokens.
     inv_freq, attention_scaling, dtype
         As in `rotation`.
-    heat : torch.Tensor, optional
+    factors : torch.Tensor, optional
         Shape (1 or rows, tokens), float64: factor on the logits of every query, which its rotations take in, so that
         neither keys nor the softmax scale know of it.
     """
@@ -97,23 +97,23 @@ class RotaryTables:
         inv_freq: torch.Tensor,
         attention_scaling: float,
         dtype: torch.dtype,
-        heat: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
     ) -> None:
         table = partial(rotation, inv_freq=inv_freq, attention_scaling=attention_scaling, dtype=dtype)
         self._table = table
         self._geometry = stride, chunk_size
-        self._heat = heat
+        self._factors = factors
         self.keys = table(key_positions(positions, stride))
         self.queries: dict[Kind, Rotation] = {"intra": self.keys}
-        if heat is not None:
-            self.queries["intra"] = table(key_positions(positions, stride), factor=heat)
+        if factors is not None:
+            self.queries["intra"] = table(key_positions(positions, stride), factor=factors)
         if "successive" in kinds:
             self.queries["successive"] = table(
-                query_positions("successive", positions, stride, chunk_size), factor=heat
+                query_positions("successive", positions, stride, chunk_size), factor=factors
             )
         if "inter" in kinds:
-            every = positions[:1, :1] if heat is None else positions
-            self.queries["inter"] = table(query_positions("inter", every, stride, chunk_size), factor=heat)
+            every = positions[:1, :1] if factors is None else positions
+            self.queries["inter"] = table(query_positions("inter", every, stride, chunk_size), factor=factors)
 
     def selection(self, kind: Kind, positions: torch.Tensor, rows: slice, tokens: slice) -> Rotation:
         """Rotation of queries that only select keys of one kind of segment.
@@ -126,16 +126,16 @@ class RotaryTables:
         rows, tokens : slice
             Where the queries stand in this forward.
         """
-        heat = self._heat
-        if heat is not None:
-            heat = heat[rows if heat.shape[0] > 1 else slice(None), tokens]
-        return self._table(selection_positions(kind, positions, *self._geometry), factor=heat)
+        factors = self._factors
+        if factors is not None:
+            factors = factors[rows if factors.shape[0] > 1 else slice(None), tokens]
+        return self._table(selection_positions(kind, positions, *self._geometry), factor=factors)
 
     def to(self, device: torch.device) -> RotaryTables:
         """The same tables on another device."""
         moved = object.__new__(RotaryTables)
         moved._table, moved._geometry = self._table, self._geometry
-        moved._heat = None if self._heat is None else self._heat.to(device, non_blocking=True)
+        moved._factors = None if self._factors is None else self._factors.to(device, non_blocking=True)
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {
             kind: moved.keys if table is self.keys else Rotation(*(t.to(device, non_blocking=True) for t in table))

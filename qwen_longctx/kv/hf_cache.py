@@ -6,11 +6,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
-from qwen_longctx.kv.sequence import Sequence, follow_rows
+from qwen_longctx.kv.sequence import Sequence, follow_rows, forget
 from qwen_longctx.kv.store import Store, Tensors
 
 _MOST = 1 << 40  # tokens: no machine holds more, and sizes in bytes stay within 64 bits
@@ -166,6 +165,8 @@ class LongContextCache(DynamicCache):
         PatchConflict
             The cache holds keys of a patched model.
         """
+        if layer_idx == 0 and self.get_seq_length() == 0:
+            forget(self)
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -178,9 +179,10 @@ class LongContextCache(DynamicCache):
     def report(self) -> dict[str, Any]:
         """What the prefill cost and what it kept.
 
-        Tokens, seconds, tokens per second and peak memory in bytes of the prefills of this cache (0 without CUDA), the
+        Tokens, seconds, tokens per second and peak memory in bytes (0 without CUDA) of the prefills of this cache, the
         density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
-        and the recall of its worst head.
+        and the recall of its worst head. All of it counts what was done: every turn since the cache was empty, also
+        tokens that were cropped since, but neither tokens that were generated nor drafts.
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
@@ -195,11 +197,16 @@ class LongContextCache(DynamicCache):
 
 
 def _guarded_update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The update of a layer that a patched model has filled: refuses the attention of an unpatched one."""
-    ours = any(isinstance(extra, dict) and extra.get(_OURS) for extra in (*args, kwargs.get("cache_kwargs")))
-    if not ours:
+    """The update of a layer that a patched model has filled: refuses the attention of an unpatched one.
+
+    A layer that was emptied since then is no longer guarded, and an unpatched model may fill it.
+    """
+    guarded = self.guarded
+    if not any(isinstance(extra, dict) and extra.get(_OURS) for extra in (*args, kwargs.get("cache_kwargs"))):
         _refuse_stock(self.get_seq_length())
-    return self.guarded.update(self, key_states, value_states, *args, **kwargs)
+        self.__class__ = guarded
+        vars(self).pop("origins", None)
+    return guarded.update(self, key_states, value_states, *args, **kwargs)
 
 
 def _guarded_reorder(self: Any, beam_idx: torch.Tensor) -> None:
@@ -209,7 +216,7 @@ def _guarded_reorder(self: Any, beam_idx: torch.Tensor) -> None:
 
 def _guarded_repeat(self: Any, repeats: int) -> None:
     self.guarded.batch_repeat_interleave(self, repeats)
-    follow_rows(self, torch.arange(len(getattr(self, "row_starts", ()))).repeat_interleave(repeats))
+    follow_rows(self, torch.arange(len(getattr(self, "origins", ()))).repeat_interleave(repeats))
 
 
 def _guarded_select(self: Any, indices: torch.Tensor) -> None:
@@ -217,25 +224,29 @@ def _guarded_select(self: Any, indices: torch.Tensor) -> None:
     follow_rows(self, indices)
 
 
-class GuardedLayer(DynamicLayer):
-    """A layer of a `DynamicCache` that a patched model has filled."""
-
-    guarded = DynamicLayer
-    update = _guarded_update
-    reorder_cache = _guarded_reorder
-    batch_repeat_interleave = _guarded_repeat
-    batch_select_indices = _guarded_select
+def _guarded_reduce(self: Any) -> tuple[Any, ...]:
+    return _new_guarded, (self.guarded,), dict(vars(self))
 
 
-_GUARD = ("update", "reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+def _new_guarded(kind: Any) -> Any:
+    """An empty guarded layer, for copies and pickles: they know the class that is guarded, and not the guard's."""
+    return object.__new__(_guard_of(kind))
+
+
+_GUARD = {
+    "update": _guarded_update,
+    "reorder_cache": _guarded_reorder,
+    "batch_repeat_interleave": _guarded_repeat,
+    "batch_select_indices": _guarded_select,
+    "__reduce__": _guarded_reduce,
+}
 
 
 @lru_cache
 def _guard_of(kind: Any) -> type:
-    if kind is DynamicLayer:
-        return GuardedLayer
-    members = {name: value for name, value in vars(GuardedLayer).items() if name in _GUARD and hasattr(kind, name)}
-    return type(f"Guarded{kind.__name__}", (kind,), {**members, "guarded": kind})
+    """The class of layers of a kind that a patched model has filled."""
+    members = {name: value for name, value in _GUARD.items() if hasattr(kind, name)}
+    return type(f"Guarded{kind.__name__}", (kind,), {**members, "guarded": kind, "__module__": __name__})
 
 
 def guard(cache: Any) -> None:
@@ -244,14 +255,6 @@ def guard(cache: Any) -> None:
         if not isinstance(layer, LongContextLayer) and not hasattr(layer, "guarded"):
             kind: Any = type(layer)
             layer.__class__ = _guard_of(kind)
-
-
-def __getattr__(name: str) -> type:
-    """Guarded kinds of transformers' own layers, under the names by which pickled caches ask for them."""
-    kind = getattr(cache_utils, name.removeprefix("Guarded"), None)
-    if kind is None or not name.startswith("Guarded"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _guard_of(kind)
 
 
 @torch.compiler.disable  # torch 2.6 loses buffers that a graph takes; later ones get more graphs where they trace it

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwen_longctx.errors import PatchConflict
+from qwen_longctx.geometry.layout import Origin
 from qwen_longctx.sparsity.record import SparseState
 
 _ATTRIBUTE = "qwen_longctx"
@@ -28,26 +29,26 @@ class Sequence:
         Tokens that every layer holds since the last call that came to its end: the committed length.
     geometry : tuple of int, optional
         Chunk size and local size under which the keys were rotated; None while the cache is empty.
-    shifts : frozenset of int
-        What the caller's position ids of each row count more than the tokens of the row, see `layout.Call`.
     announced : int
         Length of the prompt that `generate` is about to pass, which may bring drafts along in its first call; 0 if
         nothing is announced.
     settings : LongContextConfig, optional
         Settings of the `generate` in progress, which reads them once.
+    prompt_end : int, optional
+        Tokens held when the prompt of the `generate` in progress has passed; None outside of one.
     sparse : SparseState
         Budgets and records of sparse prefill.
     broken : str
         Why the cache cannot be continued; empty if it can.
     prefill_tokens, prefill_seconds, peak_memory_bytes
-        Cost of the prefills of the sequence.
+        Cost of the prefills of the sequence, also of tokens that were cropped since.
     """
 
     length: int = 0
     geometry: tuple[int, int] | None = None
-    shifts: frozenset[int] = frozenset({0})
     announced: int = 0
     settings: Any = None
+    prompt_end: int | None = None
     sparse: SparseState = field(default_factory=SparseState)
     broken: str = ""
     prefill_tokens: int = 0
@@ -57,27 +58,27 @@ class Sequence:
 
 def sequence_of(cache: Any) -> Sequence:
     """The state of the sequence in any cache; one is put there if there is none yet."""
-    found = getattr(cache, _ATTRIBUTE, None)
-    if found is None:
-        found = Sequence()
-        setattr(cache, _ATTRIBUTE, found)
-    return found
+    state = getattr(cache, _ATTRIBUTE, None)
+    if state is None:
+        state = Sequence()
+        setattr(cache, _ATTRIBUTE, state)
+    return state
 
 
-def row_starts(cache: Any) -> tuple[int, ...]:
-    """Where each row of a cache begins behind its padding, -1 for padding alone; empty if unknown.
+def origins_of(cache: Any) -> tuple[Origin, ...]:
+    """Where each row of a cache begins; empty if unknown.
 
     It is kept on the first layer, because rows are reordered, repeated and selected a layer at a time.
     """
-    return getattr(next(iter(getattr(cache, "layers", ())), None), "row_starts", ())
+    return getattr(next(iter(getattr(cache, "layers", ())), None), "origins", ())
 
 
 def follow_rows(layer: Any, rows: torch.Tensor) -> None:
     """Note that a layer now holds rows number `rows` of those it held, integers of shape (rows,)."""
-    starts = getattr(layer, "row_starts", ())
-    if starts:
-        alike = len(set(starts)) == 1  # nothing to look up then, and so no transfer from the device
-        layer.row_starts = starts[:1] * len(rows) if alike else tuple(starts[row] for row in rows.tolist())
+    origins = getattr(layer, "origins", ())
+    if origins:
+        alike = len(set(origins)) == 1  # nothing to look up then, and so no transfer from the device
+        layer.origins = origins[:1] * len(rows) if alike else tuple(origins[row] for row in rows.tolist())
 
 
 def held_tokens(cache: Any) -> int:
@@ -85,7 +86,7 @@ def held_tokens(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def open_cache(cache: Any, geometry: tuple[int, int]) -> Sequence:
+def open_cache(cache: Any, geometry: tuple[int, int], layers: int) -> Sequence:
     """Make sure that a cache can be continued, and return the state of its sequence.
 
     Layers of unequal length are what an interrupted call left: they are rolled back to the committed length. A cache
@@ -96,11 +97,14 @@ def open_cache(cache: Any, geometry: tuple[int, int]) -> Sequence:
     cache : transformers Cache
     geometry : tuple of int
         Chunk size and local size of the run that is about to start.
+    layers : int
+        Of the model that is about to run.
 
     Raises
     ------
     PatchConflict
-        The cache is of another geometry, holds keys that this patch did not rotate, or cannot be rolled back.
+        The cache is of another geometry or of a model with other layers, holds keys that this patch did not rotate, or
+        cannot be rolled back.
     """
     state = sequence_of(cache)
     lengths = _lengths(cache)
@@ -113,8 +117,14 @@ def open_cache(cache: Any, geometry: tuple[int, int]) -> Sequence:
         return state
     if state.broken:
         raise PatchConflict(f"the cache cannot be continued: {state.broken}. Start again with a new cache")
-    if held < state.length:
-        state.length = held
+    if len(lengths) != layers and hasattr(cache, "layers"):
+        raise PatchConflict(
+            f"the cache holds {len(lengths)} layers and the model has {layers}: it is the cache of another model. "
+            "Start with a new cache"
+        )
+    if state.length and not origins_of(cache):  # emptied, and filled by an unpatched model
+        state.length, state.geometry = 0, None
+    state.length = min(state.length, held)
     stride = geometry[0] - geometry[1]
     if held > state.length and held > stride:
         raise PatchConflict(
@@ -130,18 +140,18 @@ def open_cache(cache: Any, geometry: tuple[int, int]) -> Sequence:
 
 
 def forget(cache: Any) -> None:
-    """Note that a cache is empty; an announcement and settings of a generate in progress stay."""
+    """Note that a cache is empty; what a generate in progress has put there stays."""
     state = sequence_of(cache)
     if state.length or state.geometry or state.broken:
         state.length, state.geometry, state.broken = 0, None, ""
-        state.shifts = frozenset({0})
         state.sparse = SparseState()
+        state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = 0, 0.0, 0
+    for layer in getattr(cache, "layers", ())[:1]:
+        vars(layer).pop("origins", None)
 
 
 @contextmanager
-def transaction(
-    cache: Any, geometry: tuple[int, int], shifts: frozenset[int], starts: tuple[int, ...]
-) -> Iterator[None]:
+def transaction(cache: Any, geometry: tuple[int, int], origins: tuple[Origin, ...]) -> Iterator[None]:
     """Commit what the block appends to `cache`; roll everything back if it fails or is interrupted.
 
     Parameters
@@ -149,10 +159,8 @@ def transaction(
     cache : transformers Cache
     geometry : tuple of int
         Chunk size and local size of the run.
-    shifts : frozenset of int
-        Of the position ids of the run.
-    starts : tuple of int
-        Where each row begins behind its padding, -1 for padding alone.
+    origins : tuple of Origin
+        Where each row begins.
     """
     state, before = sequence_of(cache), held_tokens(cache)
     sparse = state.sparse.snapshot()
@@ -165,9 +173,8 @@ def transaction(
     state.length = held_tokens(cache)
     if state.length:
         state.geometry, state.announced = geometry, 0
-        state.shifts = state.shifts | shifts if before else shifts
         if getattr(cache, "layers", None):
-            cache.layers[0].row_starts = starts
+            cache.layers[0].origins = origins
 
 
 def roll_back(cache: Any, length: int) -> None:
@@ -179,7 +186,7 @@ def roll_back(cache: Any, length: int) -> None:
         if hasattr(layer, "truncate"):
             layer.truncate(length)
         elif _is_plain(layer) and getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+            _roll_back_plain(layer, length)
         elif type(layer).__name__.endswith("StaticLayer"):
             _roll_back_static(layer, length)
         elif length == 0:
@@ -187,6 +194,13 @@ def roll_back(cache: Any, length: int) -> None:
         if _length(layer) != length:
             state.broken = f"a call was interrupted, and {type(layer).__name__} cannot give its tokens back"
     state.length = min(state.length, length)
+
+
+def _roll_back_plain(layer: Any, length: int) -> None:
+    """Cut the tensors of a layer; an empty one is as new, and takes another batch."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        setattr(layer, name, held[..., :length, :] if length else held.new_empty(0))
 
 
 def _roll_back_static(layer: Any, length: int) -> None:

@@ -85,7 +85,7 @@ class Store:
         if torch.is_grad_enabled() and self._in_a_graph(k, v):
             self._join(k, v)
         else:
-            if self.buffers is None:
+            if self.buffers is None or (self.length == 0 and not self._suits(k, v)):
                 self.allocate(k, v)
             self._make_writable()
             assert self.buffers is not None
@@ -94,6 +94,13 @@ class Store:
             for buffer, new in zip(self.buffers, (k, v), strict=True):
                 buffer[:, self.length : stop] = new
         self.length = stop
+
+    def _suits(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether the buffers can take other tokens such as these: of the same batch, heads, dtype and device."""
+        return all(
+            (x.shape[0], x.shape[2:], x.dtype, x.device) == (held.shape[0], held.shape[2:], held.dtype, held.device)
+            for held, x in zip(self.buffers or (), (k, v), strict=True)
+        )
 
     def _in_a_graph(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         held = self.buffers or ()

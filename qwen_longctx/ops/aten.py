@@ -57,11 +57,12 @@ def why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int, size:
 
 def why_not_efficient(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -> str:
     """Why PyTorch's efficient attention cannot take such a call; empty if it can."""
-    if device.type != "cuda":
-        return "needs a CUDA device"
-    if dtype == torch.bfloat16:
-        return older_than(device, (8, 0))  # there is no bfloat16 on older devices
-    return "" if dtype in (torch.float16, torch.float32) else f"takes no {dtype}"
+    if dtype not in (*HALF, torch.float32):
+        return f"takes no {dtype}"
+    # there is no bfloat16 on devices older than 8.0, and the kernels are built for none older than 5.0
+    if lack := older_than(device, (8, 0) if dtype == torch.bfloat16 else (5, 0)):
+        return lack
+    return f"takes head dims in steps of 4, not {head_dim}" if head_dim % 4 else ""
 
 
 def roomless(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from qwen_longctx.errors import InvalidType
@@ -10,6 +12,7 @@ from qwen_longctx.ops import triton_runtime
 HALF = (torch.float16, torch.bfloat16)
 
 
+@lru_cache  # asked for each operation of each layer
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
@@ -32,9 +35,13 @@ def needs_gradient(*tensors: torch.Tensor) -> bool:
 def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether `x` lies where a Triton kernel can run; elsewhere, and for gradients, PyTorch does the same, slowly.
 
-    A kernel knows no gradient, so `others` are all other inputs that may ask for one.
+    A kernel knows no gradient, so `others` are all other inputs that may ask for one. Triton knows devices of compute
+    capability 7.0 and newer, and bfloat16 on 8.0 and newer.
     """
-    return x.is_cuda and x.dtype != torch.float64 and triton_runtime.AVAILABLE and not needs_gradient(x, *others)
+    if not x.is_cuda or x.dtype == torch.float64 or not triton_runtime.AVAILABLE or needs_gradient(x, *others):
+        return False
+    bfloat16 = any(one.dtype == torch.bfloat16 for one in (x, *others))
+    return capability(x.device) >= ((8, 0) if bfloat16 else (7, 0))
 
 
 def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,19 @@ class Run:
             yield
             return
         geometry = self.settings.chunk_size, self.settings.local_size
-        with transaction(self.cache, geometry, self.call.shifts, self.call.starts):
-            if self.mode == "decode":
+        with transaction(self.cache, geometry, self.call.origins):
+            state = sequence_of(self.cache)
+            tokens = self._tokens_of_prompt(state.prompt_end)
+            with _recorded(state, tokens, self.device) if tokens else nullcontext():
                 yield
-            else:
-                with _recorded(sequence_of(self.cache), self.tokens, self.device):
-                    yield
         if self.sparse is not None:
             self.sparse.state.check()
+
+    def _tokens_of_prompt(self, end: int | None) -> int:
+        """Tokens of this call that are of a prompt, not new ones or drafts; `end` is that of the sequence's prompt."""
+        if end is not None:
+            return max(0, min(end, self.call.end) - self.call.cached)
+        return 0 if self.mode == "decode" and self.call.cached else self.tokens
 
 
 def _bar(tokens: int, hidden: bool) -> Any:

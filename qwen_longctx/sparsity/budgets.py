@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "sparse_attention_config.json"
 PATTERN = "vertical_and_slash"
 DEFAULT = (1000, 6096)  # of MInference, for heads that a file leaves out
+_MOST = 1 << 40  # tokens: no machine holds more
 _NARROW, _WIDENED = 30, 130  # Qwen reads a vertical budget of 30 as 130
 
 
@@ -60,8 +61,8 @@ def load(source: str | Path | Sequence[Any], layers: int, heads: int, model_name
         if not path.is_file():
             raise MissingFile(f"sparse_attention_config: there is no file {path}")
         try:
-            source = json.loads(path.read_text())
-        except ValueError as error:  # no JSON, or no text at all
+            source = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:  # not readable, no JSON, or no text at all
             raise InvalidValue(f"sparse_attention_config: {path} is no JSON: {error}") from error
     if isinstance(source, Mapping):
         source = [source.get(str(layer), source.get(layer, {})) for layer in range(layers)]
@@ -71,7 +72,7 @@ def load(source: str | Path | Sequence[Any], layers: int, heads: int, model_name
     rows = [[_head(entry, layer, head) for head in range(heads)] for layer, entry in enumerate(source)]
     for layer, entry in enumerate(source):
         for head in entry:
-            if not str(head).isdigit() or int(head) >= heads:
+            if not str(head).isdecimal() or int(head) >= heads:
                 raise InvalidValue(
                     f"sparse_attention_config names head {head!r} of layer {layer}: the model has {heads}"
                 )
@@ -89,10 +90,12 @@ def _head(entry: Any, layer: int, head: int) -> tuple[int, int, float]:
     if pattern != PATTERN:
         raise InvalidValue(f"{where} has the pattern {pattern!r}: only {PATTERN!r} is known")
     for name, value in (("verticals", verticals), ("slashes", slashes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidValue(f"{where}: {name} must be a positive whole number, got {value!r}")
-    score = float(values[3]) if len(values) > 3 else 0.0
-    return _WIDENED if verticals == _NARROW else verticals, slashes, score
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+            raise InvalidValue(f"{where}: {name} must be a positive whole number, got {value!r:.60}")
+    score = values[3] if len(values) > 3 else 0.0
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        raise InvalidValue(f"{where}: the score must be a number, got {score!r:.60}")
+    return _WIDENED if verticals == _NARROW else verticals, slashes, float(score)
 
 
 def dump(budgets: HeadBudgets) -> list[dict[str, list[Any]]]:
@@ -116,8 +119,8 @@ def of_checkpoint(config: Any, source: Any = None) -> HeadBudgets:
     ----------
     config : transformers.PretrainedConfig
     source : optional
-        As in `load`. Without it the file that lies beside the checkpoint's weights, in its folder or on the hub; a
-        checkpoint without one gets MInference's default, and a warning says so once.
+        As in `load`. Without it the checkpoint's `own_file`; a checkpoint without one gets MInference's default, and a
+        warning says so once.
 
     Raises
     ------
@@ -126,80 +129,76 @@ def of_checkpoint(config: Any, source: Any = None) -> HeadBudgets:
     ValueError
         The content does not fit the format or the model.
     """
-    shape, name = (config.num_hidden_layers, config.num_attention_heads), getattr(config, "name_or_path", "") or ""
+    shape, name = (config.num_hidden_layers, config.num_attention_heads), _name(config)
     if source is None:
-        source, why = locate(name, config)
+        source, why = own_file(config)
     if source is not None:
         return load(source, *shape, name)
     remedy = f"give sparse_attention_config={FILE_NAME!r} with the path of the file, or write one with calibrate"
-    if checkpoint.section(config).get("sparse_attention_enabled"):
+    section = checkpoint.section(config)
+    if section.get("sparse_attention_enabled") or section.get("sparse_attention_config"):
         raise MissingFile(f"vertical_slash needs the budgets that {name or 'this checkpoint'} has, but {why}: {remedy}")
     _warn_once(f"vertical_slash uses MInference's default budgets {DEFAULT} for every head, because {why}: {remedy}")
     return uniform(*shape)
 
 
-def locate(name: str, config: Any = None) -> tuple[Path | None, str]:
-    """The file of budgets of a checkpoint, or None and why there is none.
+def own_file(config: Any) -> tuple[Path | None, str]:
+    """The file of budgets that lies beside a checkpoint's weights, in its folder or on the hub; or None, and why.
 
-    Parameters
-    ----------
-    name : str
-        Folder of the checkpoint, or its name on the hub.
-    config : transformers.PretrainedConfig, optional
-        The loaded config. A folder relative to the working directory is taken only if it holds a config of the same
-        shape, because the working directory may have nothing to do with a name on the hub. Without a config, `name`
-        is what ``from_pretrained`` would take: a folder first, then the hub.
+    It has the name that the checkpoint's `dual_chunk_attention_config` gives as `sparse_attention_config`, or
+    `FILE_NAME`. The working directory may have nothing to do with a name on the hub: a folder of that name there is
+    taken only if it holds a config of the same shape.
     """
+    name, file = _name(config), checkpoint.section(config).get("sparse_attention_config")
+    file = file if isinstance(file, str) and file else FILE_NAME
     if not name:
         return None, "the model was not loaded from a checkpoint"
-    folder, commit = (
-        Path(name),
-        getattr(config, "_commit_hash", None),
-    )  # the commit: transformers before 5.24, of the hub
-    if commit is None and folder.is_dir() and (config is None or folder.is_absolute() or _same_shape(folder, config)):
-        path = folder / FILE_NAME
-        return (path, "") if path.is_file() else (None, f"there is no {FILE_NAME} in {folder}")
-    return _on_hub(name, commit)
+    folder = Path(name)
+    commit = getattr(config, "_commit_hash", None)  # of the hub; transformers before 5.24
+    if commit is None and folder.is_dir() and (folder.is_absolute() or _same_shape(folder, config)):
+        path = folder / file
+        return (path, "") if path.is_file() else (None, f"there is no {file} in {folder}")
+    return _on_hub(name, file, commit)
+
+
+def _name(config: Any) -> str:
+    """Folder of the checkpoint, or its name on the hub."""
+    return getattr(config, "name_or_path", "") or ""
 
 
 def _same_shape(folder: Path, config: Any) -> bool:
     try:
-        there = json.loads((folder / "config.json").read_text())
+        there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     keys = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     return isinstance(there, dict) and all(there.get(key) == getattr(config, key, None) for key in keys)
 
 
-def _on_hub(name: str, commit: str | None) -> tuple[Path | None, str]:
-    """The file in the hub's cache; if the checkpoint came from there, else on the hub, unless the user is offline."""
+def _on_hub(name: str, file: str, commit: str | None) -> tuple[Path | None, str]:
+    """A file in the hub's cache; if the checkpoint came from there, else on the hub, unless the user is offline."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         cached, known = (
-            huggingface_hub.try_to_load_from_cache(name, file, revision=commit) for file in (FILE_NAME, "config.json")
+            huggingface_hub.try_to_load_from_cache(name, wanted, revision=commit) for wanted in (file, "config.json")
         )
         if isinstance(cached, str):
             return Path(cached), ""
         if commit is None and not isinstance(known, str):
             return None, f"{name} is neither a folder with this model nor in the hub's cache"
         if cached is not None:  # a mark of the cache that the hub has no such file
-            return None, f"{name} has no {FILE_NAME} on the hub"
-        return Path(huggingface_hub.hf_hub_download(name, FILE_NAME, revision=commit)), ""
+            return None, f"{name} has no {file} on the hub"
+        return Path(huggingface_hub.hf_hub_download(name, file, revision=commit)), ""
     except HFValidationError:
         return None, f"{name} is neither a folder with this model nor a name on the hub"
     except LocalEntryNotFoundError:
-        return None, f"{FILE_NAME} of {name} is not in the hub's cache and cannot be fetched (offline, or no network)"
+        return None, f"{file} of {name} is not in the hub's cache and cannot be fetched (offline, or no network)"
     except EntryNotFoundError:
-        return None, f"{name} has no {FILE_NAME} on the hub"
+        return None, f"{name} has no {file} on the hub"
     except (OSError, ValueError) as error:
-        return None, f"{FILE_NAME} of {name} cannot be fetched from the hub ({type(error).__name__}: {error})"
-
-
-def beside_checkpoint(name: str, config: Any = None) -> Path | None:
-    """The file of a checkpoint, if there is one. Arguments as in `locate`."""
-    return locate(name, config)[0]
+        return None, f"{file} of {name} cannot be fetched from the hub ({type(error).__name__}: {error})"
 
 
 @lru_cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from qwen_longctx.errors import NotFinite
 from qwen_longctx.sparsity.budgets import HeadBudgets
 
 _TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
@@ -82,20 +84,15 @@ class SparseState:
         vars(self).update(snapshot)
         self.budgets, self.records, self.dense = dict(self.budgets), list(self.records), list(self.dense)
 
-    def crop(self, tokens: int) -> None:
-        """Forget the spans that lie beyond the first `tokens` positions; one that lies on the border stays."""
-        dropped = sum(record.start >= tokens for record in self.records[: self._checked])
-        self.records = [record for record in self.records if record.start < tokens]
-        self.dense = [record for record in self.dense if record.start < tokens]
-        self._checked -= dropped
-
     def check(self) -> None:
-        """Stop a run whose kept keys weigh more than all keys do: a kernel or mask is broken.
+        """Stop a run that has gone wrong, by the recall of the spans since the last check. One transfer to the host.
 
         Raises
         ------
+        NotFinite
+            It is no number.
         RuntimeError
-            Recall above 1.001 or not a number, since the last check. One transfer to the host.
+            It is above 1.001: kept keys weigh more than all keys do, so that a kernel or mask is broken.
         """
         fresh = self.records[self._checked :]
         self._checked = len(self.records)
@@ -105,11 +102,17 @@ class SparseState:
         # max() hands a NaN on
         worst = torch.stack([record.recall.max().to(device) for record in fresh]).tolist()
         for record, recall in zip(fresh, worst, strict=True):
-            if not recall <= 1 + _TOO_MUCH_RECALL:
+            where = f"layer {record.layer}, tokens {record.start} to {record.stop}"
+            if math.isnan(recall):
+                raise NotFinite(
+                    f"sparse prefill of {where}, with kernel {record.kernel!r}, recalls {recall}: the activations of "
+                    "the model are not finite there. Load it in bfloat16 or float32, or copy the checkpoint anew"
+                )
+            if recall > 1 + _TOO_MUCH_RECALL:  # a defect, of this package or of a kernel
                 raise RuntimeError(
-                    f"sparse prefill of layer {record.layer}, tokens {record.start} to {record.stop}, recalls "
-                    f"{recall:.4f} of the dense attention with kernel {record.kernel!r}: the kernel is wrong here, or "
-                    'activations are not finite. Run with sparse="off" or another kernel, and report this'
+                    f"sparse prefill of {where}, recalls {recall:.4f} of the dense attention with kernel "
+                    f'{record.kernel!r}: the kernel is wrong here. Run with sparse="off" or another kernel, and report '
+                    "this"
                 )
 
     def by_layer(self) -> list[dict[str, Any]]:

@@ -167,6 +167,18 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
     return None if kernel == "reference" else "block_scores"
 
 
+def check_budgets(settings: LongContextConfig, model_config: Any) -> None:
+    """Find out before a model is loaded whether the rule that `settings` name has the budgets that it needs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        It has not, see `budgets.of_checkpoint`.
+    """
+    if settings.sparse in RULES and RULES[settings.sparse].needs_budgets:
+        budgets.of_checkpoint(model_config, settings.sparse_attention_config)
+
+
 def make_request(
     name: str,
     settings: LongContextConfig,
