@@ -102,7 +102,7 @@ def _check_prompt(model: Any, prompt: torch.Tensor, held: int, configs: Configs,
     batch, tokens = prompt.shape[:2]
     embedded = arguments.get("inputs_embeds") is not None
     mask = padding_mask(arguments.get("attention_mask"))
-    whole = mask is None or mask.shape[-1] == tokens
+    whole = not isinstance(mask, torch.Tensor) or mask.shape[-1:] == (tokens,)
     if held and embedded and not (whole and tokens > held):
         raise InvalidValue(
             f"inputs_embeds hold {tokens} tokens, the cache {held}: beside a filled cache generate takes embeddings of "

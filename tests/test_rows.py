@@ -9,7 +9,7 @@ from transformers import DynamicCache, Qwen2ForSequenceClassification, Qwen2ForT
 from definition import dense_model
 from helpers import FAMILIES, GEOMETRY, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
-from qwen_longctx.errors import InvalidValue
+from qwen_longctx.errors import InvalidType, InvalidValue
 
 CHUNK, LOCAL = GEOMETRY["chunk_size"], GEOMETRY["local_size"]
 LENGTHS = [200, 100, 1, 64]
@@ -188,6 +188,15 @@ def test_masks_of_other_values_are_refused(value):
     model = patch_qwen(tiny_model())
     with pytest.raises(InvalidValue, match="attention_mask must be 1 at tokens and 0 at padding"):
         model(torch.ones(2, 40, dtype=torch.long), attention_mask=torch.full((2, 40), value))
+
+
+@pytest.mark.parametrize("mask", [[[1] * 40], torch.tensor(1), "mask"], ids=str)
+def test_what_is_no_mask_is_refused(mask):
+    model = patch_qwen(tiny_model())
+    ids = torch.ones(1, 40, dtype=torch.long)
+    for call in (model, model.model, model.generate):
+        with pytest.raises((InvalidType, InvalidValue), match="attention_mask must"):
+            call(ids, attention_mask=mask)
 
 
 @torch.no_grad()
