@@ -185,7 +185,7 @@ def _apply_to_classes(targets: list[tuple[type, Replacement]], overrides: dict[s
             for module in live:
                 if isinstance(module, owner):
                     _replace_kept(module, replacement, function, stock)
-        patch.earlier = stock_runs(live)
+        patch.spare(stock_runs(live))
     for old in former.values():
         _end(old.function)
 
@@ -220,7 +220,7 @@ def _end(function: Callable[..., Any]) -> None:
     """Put the patch of a class's method out of force, also where others still hold the method."""
     method = patched_method(function)
     assert method is not None
-    method.patch.over = True
+    method.patch.end()
 
 
 def _revert_classes() -> None:
@@ -304,7 +304,7 @@ def _apply_to_model(model: nn.Module, targets: list[_Target], overrides: dict[st
         _put_all_back(model, written)
         with _lock:
             _PATCHES[patch] = ref(model)
-        patch.earlier = stock_runs(model.modules())
+        patch.spare(stock_runs(model.modules()))
     _revoke(former, model)
 
 
@@ -333,7 +333,7 @@ def _put_all_back(model: nn.Module, but: Collection[tuple[int, str]] = ()) -> No
 def _revoke(patches: Iterable[Patch], model: nn.Module) -> None:
     """Put patches out of force for a model, also where wrappers of others still hold their methods."""
     for patch in patches:
-        patch.left.update(model.modules())
+        patch.leave(model.modules())
 
 
 # --- slots --------------------------------------------------------------------------------------------------------

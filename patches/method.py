@@ -10,8 +10,7 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import FrameType, FunctionType, MethodType
 from typing import Any
@@ -50,6 +49,8 @@ class Patch:
         Modules for which it was undone.
     earlier : list of frames
         Stock runs that were in progress when it was made.
+    simple : bool
+        Nothing of the above is to be heeded: every call asks, and decoding counts microseconds.
     """
 
     overrides: dict[str, Any]
@@ -57,10 +58,25 @@ class Patch:
     over: bool = False
     left: WeakSet[nn.Module] = field(default_factory=WeakSet)
     earlier: list[FrameType] = field(default_factory=list)
+    simple: bool = True
+
+    def end(self) -> None:
+        """Put the patch out of force everywhere."""
+        self.over, self.simple = True, False
+
+    def leave(self, modules: Iterable[nn.Module]) -> None:
+        """Put the patch out of force for some modules."""
+        self.left.update(modules)
+        self.simple = False
+
+    def spare(self, frames: list[FrameType]) -> None:
+        """Let stock runs that are in progress, with these frames, end as they began."""
+        self.earlier = frames
+        self.simple = self.simple and not frames
 
     def holds(self, module: nn.Module) -> bool:
         """Whether methods of `module` are replaced."""
-        return not self.over and not (self.left and module in self.left)
+        return not self.over and module not in self.left
 
     def came_later(self) -> bool:
         """Whether the patch was made while a stock run was in progress that the caller is a part of."""
@@ -112,21 +128,30 @@ class PatchedMethod:
 
     def as_function(self) -> Callable[..., Any]:
         """A plain function with the signature of the stock method, to stand on a class or to be bound to a module."""
-        patched = self
+        patched, patch = self, self.patch
+        kinds = {p.kind for p in inspect.signature(self.function).parameters.values()}
+        named = inspect.Parameter.VAR_KEYWORD in kinds  # norms and MLPs take what they are given as it is
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = runs.running(self) if patched.is_run and not torch.compiler.is_compiling() else nullcontext()
-            with guard:
-                valid = patched.valid(self)
-                if valid is None:
-                    return patched.stock(self, *args, **kwargs)
-                return valid.function(valid, self, **valid.by_name(args, kwargs))
+            valid = patched if patch.simple else patched.valid(self)
+            if valid is None:
+                return patched.stock(self, *args, **kwargs)
+            if named:
+                kwargs, args = valid.by_name(args, kwargs), ()
+            return valid.function(valid, self, *args, **kwargs)
 
-        functools.update_wrapper(method, self.stock)
-        method.__signature__ = inspect.signature(self.stock)  # type: ignore[attr-defined]
-        del method.__wrapped__  # type: ignore[attr-defined]  # who unwraps a method, as accelerate does, stops here
-        _OURS[method] = self
-        return method
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return method(self, *args, **kwargs)
+            with runs.running(self):
+                return method(self, *args, **kwargs)
+
+        function = run if self.is_run else method
+        functools.update_wrapper(function, self.stock)
+        function.__signature__ = inspect.signature(self.stock)  # type: ignore[attr-defined]
+        del function.__wrapped__  # type: ignore[attr-defined]  # who unwraps a method, as accelerate does, stops here
+        _OURS[function] = self
+        return function
 
     def valid(self, module: nn.Module) -> PatchedMethod | None:
         """What runs when this is called on `module`: this, what has replaced it since, or the stock method (None)."""
@@ -139,20 +164,21 @@ class PatchedMethod:
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name; the cache is `past_key_values`, whatever this transformers calls it."""
-        if len(args) > len(self.names):
-            raise InvalidType(f"{self._label} takes {len(self.names)} positional arguments, got {len(args)}")
-        for name, value in zip(self.names, args, strict=False):
-            if name in kwargs:
-                raise InvalidType(f"{self._label} got two values for {name!r}: give it once")
-            kwargs[name] = value
+        if args:
+            self._add_by_name(args, kwargs)
         if "cache" in kwargs and self.cache_name == "cache":
             old, new = kwargs.get(OLD_NAME), kwargs.pop("cache")
             kwargs[OLD_NAME] = old if new is None else new
         return kwargs
 
-    @property
-    def _label(self) -> str:
-        return getattr(self.stock, "__qualname__", self.name)
+    def _add_by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        label = getattr(self.stock, "__qualname__", self.name)
+        if len(args) > len(self.names):
+            raise InvalidType(f"{label} takes {len(self.names)} positional arguments, got {len(args)}")
+        for name, value in zip(self.names, args, strict=False):
+            if name in kwargs:
+                raise InvalidType(f"{label} got two values for {name!r}: give it once")
+            kwargs[name] = value
 
     def call(self, instance: Any, **kwargs: Any) -> Any:
         """The stock method, with the cache under the name that this transformers knows."""

@@ -257,11 +257,24 @@ def guard(cache: Any) -> None:
             layer.__class__ = _guard_of(kind)
 
 
-@torch.compiler.disable  # torch 2.6 loses buffers that a graph takes; later ones get more graphs where they trace it
 def append(
     cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None = None
 ) -> Store | Tensors:
     """Append to one layer of any cache: `k`, `v` of shape (batch, tokens, kv_heads, head_dim), keys rotated."""
+    if torch.compiler.is_compiling():
+        return _append_outside_of_graphs(cache, k, v, layer, cache_position)
+    return _append(cache, k, v, layer, cache_position)
+
+
+# torch 2.6 loses buffers that a graph takes, and later ones get more graphs where they trace it
+@torch.compiler.disable
+def _append_outside_of_graphs(*arguments: Any) -> Store | Tensors:
+    return _append(*arguments)
+
+
+def _append(
+    cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None
+) -> Store | Tensors:
     if isinstance(cache, LongContextCache):
         return cache.append(k, v, layer)
     extra: dict[str, Any] = {_OURS: True}
