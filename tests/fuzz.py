@@ -1,6 +1,6 @@
 """Random calls of patched models against the definition in float64: ``python tests/fuzz.py --cases 10000``.
 
-10,000 cases take about half an hour on one core; ``--seed`` continues where another run stopped, and
+10,000 cases take a quarter to half an hour on a core; ``--seed`` continues where another run stopped, and
 ``--cases 1 --seed 4711`` repeats one case. `test_fuzz` runs the first cases of every kind.
 
 A case draws a model of some family, a geometry, settings, a padded batch, and what is done with it: a history of calls
