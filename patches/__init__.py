@@ -36,7 +36,7 @@ from qwen_longctx.patches.method import (
     slot_of,
     stock_function,
 )
-from qwen_longctx.patches.runs import changing, check_outside, stock_runs
+from qwen_longctx.patches.runs import changing, check_outside
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,6 @@ def _apply_to_classes(targets: list[tuple[type, Replacement]], overrides: dict[s
             for module in live:
                 if isinstance(module, owner):
                     _replace_kept(module, replacement, function, stock)
-        patch.spare(stock_runs(live))
     for old in former.values():
         _end(old.function)
 
@@ -304,7 +303,6 @@ def _apply_to_model(model: nn.Module, targets: list[_Target], overrides: dict[st
         _put_all_back(model, written)
         with _lock:
             _PATCHES[patch] = ref(model)
-        patch.spare(stock_runs(model.modules()))
     _revoke(former, model)
 
 

@@ -9,7 +9,7 @@ from transformers import modeling_utils
 
 from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
-from qwen_longctx.patches.model import Forward, begin, chunk_of, in_chunks, wanted_outputs, with_fields
+from qwen_longctx.patches.model import Forward, began_as_stock, begin, chunk_of, in_chunks, wanted_outputs, with_fields
 from qwen_longctx.prefill.run import Run
 
 
@@ -22,6 +22,8 @@ def causal_lm_forward(
     **arguments: Any,
 ) -> Any:
     """Prefill chunk by chunk where the prompt is longer than `prefill_chunk_size`; else the stock forward."""
+    if began_as_stock(arguments):
+        return patched.call(self, labels=labels, logits_to_keep=logits_to_keep, **arguments)
     run = begin(patched, self, self.model, arguments)
     _check_labels(labels, run, self.config.vocab_size, arguments.get("ignore_index", -100))
     arguments["past_key_values"] = run.cache

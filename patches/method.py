@@ -7,12 +7,11 @@ libraries copy names and attributes of what they wrap, so neither tells anything
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import FrameType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -47,8 +46,6 @@ class Patch:
         It was undone everywhere.
     left : WeakSet of Module
         Modules for which it was undone.
-    earlier : list of frames
-        Stock runs that were in progress when it was made.
     simple : bool
         Nothing of the above is to be heeded: every call asks, and decoding counts microseconds.
     """
@@ -57,7 +54,6 @@ class Patch:
     of_classes: bool
     over: bool = False
     left: WeakSet[nn.Module] = field(default_factory=WeakSet)
-    earlier: list[FrameType] = field(default_factory=list)
     simple: bool = True
 
     def end(self) -> None:
@@ -69,19 +65,9 @@ class Patch:
         self.left.update(modules)
         self.simple = False
 
-    def spare(self, frames: list[FrameType]) -> None:
-        """Let stock runs that are in progress, with these frames, end as they began."""
-        self.earlier = frames
-        self.simple = self.simple and not frames
-
     def holds(self, module: nn.Module) -> bool:
         """Whether methods of `module` are replaced."""
         return not self.over and module not in self.left
-
-    def came_later(self) -> bool:
-        """Whether the patch was made while a stock run was in progress that the caller is a part of."""
-        self.earlier = runs.still_running(self.earlier)
-        return runs.is_within(self.earlier)
 
     def __reduce__(self) -> Any:
         return Patch, (self.overrides, self.of_classes, self.over)
@@ -158,9 +144,7 @@ class PatchedMethod:
         now: PatchedMethod | None = self
         if not self.patch.holds(module):  # the caller got this before it was replaced, or holds it in a wrapper
             now = patched_method(vars(module).get(slot_of(module, self.name), getattr(type(module), self.name)))
-        if now is None or not now.patch.holds(module):
-            return None
-        return None if now.patch.earlier and now.patch.came_later() else now
+        return None if now is None or not now.patch.holds(module) else now
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name; the cache is `past_key_values`, whatever this transformers calls it."""
@@ -194,12 +178,12 @@ class PatchedMethod:
 _OURS: WeakKeyDictionary[Callable[..., Any], PatchedMethod] = WeakKeyDictionary()
 
 
-class BoundMethod:
+class BoundMethod(functools.partial):  # which calls without a frame of Python: decoding counts microseconds
     """A replaced method of one module, which remembers what the module held in its place.
 
     It is deep copied and pickled together with its module, so that a copy is patched too and can be undone.
 
-    Attributes
+    Parameters
     ----------
     function : callable
         Made by `PatchedMethod.as_function`.
@@ -208,50 +192,56 @@ class BoundMethod:
         What stood in the module's slot; `MISSING` if nothing did.
     """
 
-    __slots__ = ("__weakref__", "before", "function", "module")
+    __slots__ = ("before",)
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, before: Any) -> None:
-        self.function, self.module, self.before = function, module, before
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """The name and other attributes of the function, as a bound method has them."""
-        if name.startswith("__") and name not in ("__name__", "__qualname__", "__annotations__"):
-            raise AttributeError(name)
-        return getattr(self.function, name)
+    def __new__(cls, function: Callable[..., Any], module: nn.Module, before: Any) -> BoundMethod:
+        self = super().__new__(cls, function, module)
+        self.before = before
+        return self
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        return self.function
+        return self.func
 
     @property
     def __self__(self) -> nn.Module:
-        return self.module
+        return self.args[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """The name of the function, as a bound method has it."""
+        if name in ("__name__", "__qualname__"):
+            return getattr(self.func, name)
+        raise AttributeError(name)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        whole = inspect.signature(self.function)
+        whole = inspect.signature(self.func)
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
+    def _bind(self, function: Callable[..., Any], module: nn.Module, before: Any) -> None:
+        super().__setstate__((function, (module,), {}, None))  # type: ignore[misc]
+        self.before = before
+
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundMethod:
-        twin = object.__new__(BoundMethod)
-        memo[id(self)] = twin
-        BoundMethod.__init__(twin, self.function, copy.deepcopy(self.module, memo), copy.deepcopy(self.before, memo))
+        twin = memo[id(self)] = _unbound()
+        twin._bind(self.func, copy.deepcopy(self.__self__, memo), copy.deepcopy(self.before, memo))
         return twin
 
     def __reduce__(self) -> Any:
-        patched = _OURS[self.function]
+        patched = _OURS[self.func]
         if patched.patch.of_classes:  # belongs to the process; this is what a bound method of the class becomes
-            return getattr, (self.module, patched.name)
-        state = patched.function, patched.name, patched.patch, patched.is_run, self.module, self.before
-        return copyreg.__newobj__, (BoundMethod,), state  # type: ignore[attr-defined]
+            return getattr, (self.__self__, patched.name)
+        return _unbound, (), (patched.function, patched.name, patched.patch, patched.is_run, self.__self__, self.before)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        function, name, patch, is_run, self.module, self.before = state
-        stock = stock_function(getattr(type(self.module), name))
-        self.function = PatchedMethod(function, name, stock, patch, is_run).as_function()
+        function, name, patch, is_run, module, before = state
+        stock = stock_function(getattr(type(module), name))
+        self._bind(PatchedMethod(function, name, stock, patch, is_run).as_function(), module, before)
+
+
+def _unbound() -> BoundMethod:
+    """A method whose module is still to come: modules and their methods refer to each other."""
+    return functools.partial.__new__(BoundMethod, _unbound)
 
 
 class _Missing:

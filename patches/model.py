@@ -16,6 +16,7 @@ from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.patches.runs import in_stock_generate
 from qwen_longctx.prefill.run import Run
 
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -39,12 +40,23 @@ def model_forward(
     """
     if dual_chunk_forward is not None:
         return _one_forward(patched, self, dual_chunk_forward, arguments)
+    if began_as_stock(arguments):
+        return patched.call(self, **arguments)
     run = begin(patched, self, self, arguments)
     arguments["past_key_values"] = run.cache
     with run.committed():
         if not in_chunks(run, self.config, arguments):
             return _one_forward(patched, self, Forward(run, run.call.cached, run.call.end), arguments)
         return _in_chunks(patched, self, run, arguments)
+
+
+def began_as_stock(arguments: dict[str, Any]) -> bool:
+    """Whether a call continues what a stock generate began before its model was patched."""
+    cache = arguments.get("past_key_values")
+    if not hasattr(cache, "get_seq_length") or not held_tokens(cache):
+        return False
+    state = getattr(cache, "qwen_longctx", None)
+    return (state is None or not state.length) and in_stock_generate()
 
 
 def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments: dict[str, Any]) -> Any:

@@ -1,13 +1,13 @@
 """Runs in progress, and the changes of a patch that wait for them.
 
-A run must not lose half of its methods while it is under way. So a change waits until no other thread is in a patched
-run of the modules that it is about, and patched runs that begin meanwhile wait for the change. Runs of the stock model
-know nothing of this: they are recognised by their frames, and end as they began.
+A run must not lose half of its methods while it is under way. So a change waits until no other thread is in a run of
+the modules that it is about, and runs that begin meanwhile wait for the change. A stock ``generate`` that was in
+progress while its model was patched is noticed by the frames of its own thread, once it calls a patched forward, and
+counts as a run from then on.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import threading
@@ -20,7 +20,7 @@ from torch import nn
 
 from qwen_longctx.errors import PatchConflict
 
-_LOOKS = 20  # at a thread, until it is not just in between two frames
+_A_LOOK = 0.01  # seconds between looks at a stock generate, which does not say when it ends
 
 
 class _Change:
@@ -49,7 +49,24 @@ class _Traffic:
     def __init__(self) -> None:
         self.condition = threading.Condition()
         self.roots: dict[int, list[nn.Module]] = {}  # by thread: the modules whose runs it is in, outermost first
+        self.guests: dict[
+            int, tuple[nn.Module, FrameType]
+        ] = {}  # by thread: a stock generate that calls patched forwards
         self.changes: list[_Change] = []  # that wait or are being made
+
+    def runs_of(self, thread: int) -> list[nn.Module]:
+        """Modules whose runs a thread is in."""
+        guest = self.guests.get(thread)
+        if guest is not None and not _is_executing(guest[1]):
+            del self.guests[thread]
+            guest = None
+        return self.roots.get(thread, []) + ([] if guest is None else [guest[0]])
+
+    def is_free(self, change: _Change) -> bool:
+        """Whether a change can be made now: no thread runs what it is about, and no other change is."""
+        runs = [root for thread in {*self.roots, *self.guests} for root in self.runs_of(thread)]
+        others = (other for other in self.changes if other.active and other is not change)
+        return not any(map(change.concerns, runs)) and not any(map(change.overlaps, others))
 
 
 _traffic = _Traffic()
@@ -76,8 +93,11 @@ def running(root: nn.Module) -> Iterator[None]:
     """
     traffic, thread = _traffic, get_ident()
     with traffic.condition:
-        if thread not in traffic.roots and traffic.changes:
+        if thread not in traffic.roots and not traffic.runs_of(thread):
             traffic.condition.wait_for(lambda: not any(change.concerns(root) for change in traffic.changes))
+            outer = _stock_generate(root)
+            if outer is not None:
+                traffic.guests[thread] = root, outer
         traffic.roots.setdefault(thread, []).append(root)
     try:
         yield
@@ -105,7 +125,8 @@ def changing(modules: Iterable[nn.Module] | None) -> Iterator[None]:
         _refuse_inside(traffic, change)
         traffic.changes.append(change)
         try:
-            traffic.condition.wait_for(lambda: _is_free(traffic, change))
+            while not traffic.is_free(change):
+                traffic.condition.wait(_A_LOOK if traffic.guests else None)
             change.active = True
         except BaseException:
             _end(traffic, change)
@@ -117,6 +138,11 @@ def changing(modules: Iterable[nn.Module] | None) -> Iterator[None]:
             _end(traffic, change)
 
 
+def _end(traffic: _Traffic, change: _Change) -> None:
+    traffic.changes.remove(change)
+    traffic.condition.notify_all()
+
+
 def check_outside(modules: Iterable[nn.Module] | None) -> None:
     """Raise what `changing` would raise inside a run of the modules."""
     with _traffic.condition:
@@ -124,28 +150,18 @@ def check_outside(modules: Iterable[nn.Module] | None) -> None:
 
 
 def _refuse_inside(traffic: _Traffic, change: _Change) -> None:
-    if any(change.concerns(root) for root in traffic.roots.get(get_ident(), ())):
+    if any(map(change.concerns, traffic.runs_of(get_ident()))):
         raise PatchConflict(
             "the patch of a model cannot be changed from inside a run of that model, by a hook or a callback: "
             "patch or unpatch it before the run or after it"
         )
 
 
-def stock_runs(modules: Iterable[nn.Module]) -> list[FrameType]:
-    """Frames of transformers in which any thread runs one of `modules` or generates with it."""
-    roots = {id(module) for module in modules}
-    return [frame for frame in _frames() if _is_stock_run(frame, roots)]
-
-
-def _is_stock_run(frame: FrameType, roots: set[int]) -> bool:
-    """Whether a frame is a stock ``forward`` or ``generate`` of one of `roots`, or a decorator around it."""
-    names = frame.f_locals
-    called = names.get("func")  # as the decorators of torch and transformers name what they wrap
-    name = frame.f_code.co_name if called is None else getattr(called, "__name__", "")
-    home = frame.f_globals.get("__name__") if called is None else getattr(called, "__module__", "")
-    if name not in ("forward", "generate") or str(home).partition(".")[0] != "transformers":
-        return False
-    return id(names.get("self", next(iter(names.get("args", ())), None))) in roots
+def in_stock_generate() -> bool:
+    """Whether the caller is part of a stock generate, which was in progress while its model was patched."""
+    with _traffic.condition:
+        _traffic.runs_of(get_ident())  # forgets one that has ended
+        return get_ident() in _traffic.guests
 
 
 def stock_forward(home: str) -> bool:
@@ -156,59 +172,34 @@ def stock_forward(home: str) -> bool:
     home : str
         Name of transformers' module that defines the model.
     """
-    for frame in _callers(sys._getframe()):
+    for frame in _callers():
         of_model = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == home
         if of_model and hasattr(frame.f_locals.get("self"), "rotary_emb"):
             return "dual_chunk" not in frame.f_locals.get("kwargs", {})
     return False
 
 
-def still_running(frames: list[FrameType]) -> list[FrameType]:
-    """Those of `frames` that have not ended. What the others hold is let go."""
-    return [frame for frame in frames if _is_running(frame)]
+def _stock_generate(root: nn.Module) -> FrameType | None:
+    """The frame in which the caller's thread generates with a model of which `root` is a part, unless it is patched."""
+    for frame in _callers():
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            model = frame.f_locals.get("self")
+            if model is root or getattr(model, "model", None) is root:
+                return frame
+    return None
 
 
-def _is_running(frame: FrameType) -> bool:
-    try:
-        frame.clear()
-    except RuntimeError:  # it is executing
-        return True
-    return False
-
-
-def is_within(frames: list[FrameType]) -> bool:
-    """Whether the caller is called, directly or not, from one of `frames`."""
-    known = set(map(id, frames))
-    return any(id(frame) in known for frame in _callers(sys._getframe()))
-
-
-def _frames() -> list[FrameType]:
-    """The frames of all threads."""
-    return [frame for thread in sys._current_frames() for frame in _stack(thread)]
-
-
-def _stack(thread: int) -> list[FrameType]:
-    """The frames of a thread, innermost first; it runs on meanwhile, and a generator that yields has no caller."""
-    found: list[FrameType] = []
-    for _ in range(_LOOKS):
-        found = list(_callers(sys._current_frames().get(thread)))
-        if not found or not found[-1].f_code.co_flags & inspect.CO_GENERATOR:
-            break
-    return found
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+def _callers() -> Iterator[FrameType]:
+    """The frames of the caller's thread, innermost first. Those of other threads must not be walked: they change."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-def _is_free(traffic: _Traffic, change: _Change) -> bool:
-    roots = [root for stack in traffic.roots.values() for root in stack]
-    others = (other for other in traffic.changes if other.active and other is not change)
-    return not any(map(change.concerns, roots)) and not any(map(change.overlaps, others))
-
-
-def _end(traffic: _Traffic, change: _Change) -> None:
-    traffic.changes.remove(change)
-    traffic.condition.notify_all()
+def _is_executing(frame: FrameType) -> bool:
+    try:
+        frame.clear()  # lets go what an ended frame holds
+    except RuntimeError:
+        return True
+    return False

@@ -365,11 +365,11 @@ def _interrupted_class(left):
     class Interrupted(BoundMethod):
         __slots__ = ()
 
-        def __init__(self, *args):
+        def __new__(cls, *args):
             left[0] -= 1
             if not left[0]:
                 raise KeyboardInterrupt
-            super().__init__(*args)
+            return super().__new__(cls, *args)
 
     return Interrupted
 

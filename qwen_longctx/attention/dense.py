@@ -82,7 +82,8 @@ class SpanPlace(NamedTuple):
         """Queries `q` of the whole span, rotated towards one kind of segment."""
         start = self.group.queries.start + self.done
         table = self.layout.tables.queries[kind].rows(self.group.rows, slice(start, start + q.shape[1]))
-        return rotate(q, table).to(q.dtype)
+        rotated = rotate(q, table)
+        return rotated if rotated.dtype == q.dtype else rotated.to(q.dtype)
 
     def segment(self, kv: KeyValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the group's rows at positions `start` to `stop`."""

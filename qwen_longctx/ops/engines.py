@@ -105,12 +105,14 @@ def _dense(device: torch.device, dtype: torch.dtype, head_dim: int, size: int) -
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float) -> list[Result]:
     """Results of the pieces of one call by the fastest engine, each for all queries; there is at least one."""
     check_dtypes(q, k, v)
+    run = dense(q).function
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    if q.shape[1] == 1 and k.shape[1]:  # decode, which counts microseconds
+        return [run(q, k, v, causal=False, scale=scale)]
     cuts = pieces(q.shape[1], k.shape[1], causal)
     if not cuts:
         return [empty(q)]
-    run = dense(q).function
-    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    if len(cuts) == 1 and cuts[0].start == 0:  # as in decode, where each view would cost time
+    if len(cuts) == 1 and cuts[0].start == 0:
         return [run(q, k, v, causal=cuts[0].causal, scale=scale)]
     return [
         _from_row(start, run(q[:, start:], k[:, keys], v[:, keys], causal=masked, scale=scale))

@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from qwen_longctx.ops.device import uses_triton
 
@@ -51,7 +50,8 @@ def short_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
     Where Liger-Kernel does not pay, as in decode: fewer launches than the stock norm, rounded alike.
     """
-    return weight * functional.rms_norm(x, x.shape[-1:], eps=epsilon).to(x.dtype)  # autocast would leave float32
+    normed = torch.rms_norm(x, x.shape[-1:], None, epsilon)
+    return weight * (normed if normed.dtype == x.dtype else normed.to(x.dtype))  # autocast leaves float32
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
