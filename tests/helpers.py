@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GEOMETRY = {"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 64}
 CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
-FAMILIES = [f for f in CLASSES if f != "qwen2_moe" or Version(transformers.__version__) >= Version("5.0")]
+OLD_TRANSFORMERS = Version(transformers.__version__) < Version("5.0")
+FAMILIES = [f for f in CLASSES if f != "qwen2_moe" or not OLD_TRANSFORMERS]
 MOE = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
@@ -49,7 +50,7 @@ def tiny_model(
     if family.endswith("moe"):
         values.update(MOE)
     if rope is not None:
-        new = Version(transformers.__version__) >= Version("5.0")
+        new = not OLD_TRANSFORMERS
         theta = rope["rope_theta"]
         own = rope if new else {k: v for k, v in rope.items() if k != "rope_theta"}
         values.update({"rope_parameters": own} if new else {"rope_scaling": own, "rope_theta": theta})

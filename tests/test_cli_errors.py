@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_longctx.cli as cli
+from helpers import OLD_TRANSFORMERS
 from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main, options
 from qwen_longctx.config import SPARSE
@@ -272,6 +273,7 @@ def test_a_kernel_that_does_not_run_is_told_before_the_first_row(capsys):
     assert out == "" and 'kernel="flex" needs a CUDA device' in err
 
 
+@pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers 4.57 cannot load all weights to disk")
 def test_weights_on_disk(tmp_path):
     """Accelerate keeps them away from every device, and the model says that its own is "meta"."""
     model = AutoModelForCausalLM.from_pretrained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import tiny_model
+from helpers import OLD_TRANSFORMERS, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, patched_qwen
 from qwen_longctx.prefill import run
 
@@ -66,13 +66,16 @@ def test_of_generate_that_begins_by_itself(clock):
 @pytest.mark.parametrize("tokens", [1, 60, 170])
 @pytest.mark.parametrize("kind", ["lookup", "assistant"])
 def test_drafts_that_are_checked_are_no_prompt(kind, tokens, model, clock):
-    drafts = {"prompt_lookup_num_tokens": 4} if kind == "lookup" else {"assistant_model": tiny_model()}
+    drafts = (
+        {"prompt_lookup_num_tokens": 4, "eos_token_id": 96} if kind == "lookup" else {"assistant_model": tiny_model()}
+    )
     out = generate(model, draw(tokens), new=20, **drafts)
     check(out.past_key_values, tokens, 1)
 
 
 def test_a_prompt_that_generate_passes_in_parts(model, clock):
-    check(generate(model, draw(170), prefill_chunk_size=50).past_key_values, 170, 4)
+    parts = 5 if OLD_TRANSFORMERS else 4  # transformers 4.57 passes the last token by itself
+    check(generate(model, draw(170), prefill_chunk_size=50).past_key_values, 170, parts)
 
 
 @pytest.mark.parametrize("more", [1, 30])

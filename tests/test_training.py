@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from definition import dense_model
-from helpers import FAMILIES, GEOMETRY, tiny_model
+from helpers import FAMILIES, GEOMETRY, OLD_TRANSFORMERS, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
 from qwen_longctx.errors import PatchConflict
 from qwen_longctx.patches.method import cache_of
@@ -230,6 +230,7 @@ def test_frozen_models_outside_no_grad_are_chunked_and_sliced(mode):
         torch.testing.assert_close(model(ids).logits, out.logits)
 
 
+@pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers 4.57 drops every cache there, which is refused")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_frozen_models_under_gradient_checkpointing(reentrant):
     """Checkpointing drops caches where gradients are on; with nothing to train, chunks need theirs."""
