@@ -51,7 +51,7 @@ def attention_forward(
     v = self.v_proj(hidden_states).view(shape)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
-    k = rotate(k, dual_chunk.tables.keys).to(v.dtype)  # under autocast norms and tables are float32, projections not
+    k = _cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)
     if past_key_values is not None:
         kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
@@ -61,10 +61,14 @@ def attention_forward(
             f"attention was given {held.shape[1]} of {dual_chunk.length} keys: the cache was dropped on the way, as "
             "gradient checkpointing does. Train without past_key_values, or without gradient checkpointing"
         )
-    q = q.to(held.dtype)
-    out = dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2).to(v.dtype)
+    q = _cast(q, held.dtype)
+    out = _cast(dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # even an idle `to` costs time, and decoding counts microseconds
 
 
 def _held(kv: Store | Tensors) -> torch.Tensor:
