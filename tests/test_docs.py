@@ -260,6 +260,28 @@ def test_stock_figures():
             assert agrees(cell, measured[int(number(length))][key]), (key, length)
 
 
+def test_figures_before_and_after():
+    """The rows of the table, each from the file of the measurement that it names."""
+    text = ROOT / "docs" / "performance.md"
+    (table,) = (t for t in tables(text) if t[0] == ["measurement", "before", "after"])
+    kinds = {
+        "dense attention": ("attention", "share_of_raw"),
+        "sparse prefill": ("speed", "sparse_seconds"),
+        "prefill as": ("stock", "prefill_ratio"),
+        "decoding at new": ("stock", "decode_ratio"),
+        "decoding at known": ("stock", "decode_again_ratio"),
+    }
+    for name, *cells in table[1:]:
+        what, key = next(kind for begin, kind in kinds.items() if name.startswith(begin))
+        (length,) = re.findall(r"([\d,]+) tokens", name)
+        for when, cell in zip(("before", "after"), cells, strict=True):
+            endings = ("_1", "_2") if what == "stock" else ("",)
+            for ending, figure in zip(endings, cell.split(", "), strict=True):
+                rows = {row["tokens"]: row for row in rows_of(f"before_after/{what}_{when}{ending}.json")}
+                assert agrees(figure.removesuffix(" s"), rows[int(number(length))][key]), (name, when)
+    assert len(table) == 12
+
+
 def test_breakdown_figures():
     (longest,) = (row for row in rows_of("speed_h200.json") if row["tokens"] == 1_000_000)
     parts = longest["sparse_breakdown_seconds"]
