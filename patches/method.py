@@ -70,7 +70,7 @@ class Patch:
         return not self.over and module not in self.left
 
     def __reduce__(self) -> Any:
-        return Patch, (self.overrides, self.of_classes, self.over)
+        return Patch, (self.overrides, self.of_classes)  # a copy elsewhere has not been undone
 
 
 @dataclass(frozen=True, eq=False)
