@@ -69,7 +69,7 @@ def prefill(
     state = state or SparseState()
     spy, heads = Spy(), Heads(q.shape[2], k.shape[2])
     request = sparsity.make_request(config.sparse, config, model, heads, state, q.shape[1], spy)
-    turned = torch.empty_like(k)
+    rotated = torch.empty_like(k)
     outs = []
     for start, stop in zip([0, *cuts[:-1]], cuts, strict=True):
         layout = make_layout(
@@ -82,8 +82,8 @@ def prefill(
             device=q.device,
             sparse=request,
         )
-        turned[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
-        outs.append(attend(q[:, start:stop], Tensors(turned[:, :stop], v[:, :stop]), layout, SCALE))
+        rotated[:, start:stop] = rotate(k[:, start:stop], layout.tables.keys)
+        outs.append(attend(q[:, start:stop], Tensors(rotated[:, :stop], v[:, :stop]), layout, SCALE))
     return torch.cat(outs, dim=1), state, spy
 
 

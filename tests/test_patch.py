@@ -173,7 +173,7 @@ def test_no_state_on_modules():
 @pytest.mark.parametrize("first", ["patch", "dispatch"])
 @pytest.mark.parametrize("scope", ["class", "instance"])
 def test_hooks_of_accelerate(first, scope):
-    """accelerate keeps the bound forward it met; it must be ours, and the stock one again afterwards."""
+    """accelerate keeps the bound forward that it was given; it must be ours, and the stock one again afterwards."""
     hooks = pytest.importorskip("accelerate.hooks")
     model = tiny_model("qwen2")
     target = model if scope == "instance" else None

@@ -144,7 +144,7 @@ def test_kernel_on_lists(name, device, causal, shape):
     k, v = torch.randn(2, batch, keys, kv_heads, dim, device=device).to(dtype)
     tiles, blocks = -(-queries // size), -(-keys // size)
     chosen = torch.rand(batch, heads, tiles, blocks, device=device) < 0.5
-    if causal:  # a tile always meets its own blocks
+    if causal:  # a tile always attends to its own blocks
         chosen[..., -1:] = True
     chosen[0, 0, 0] = False  # an empty list
     out, lse = ops.on_lists(name)(q, k, v, causal=causal, scale=0.125, blocks=compact(chosen, size))

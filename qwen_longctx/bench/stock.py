@@ -28,7 +28,7 @@ def measure(
 
     Two models of the same weights, one of them patched, generate at the same time and take turns token by token, so
     that a noisy host hits both alike. Stock attention may plan anew for every length that is new to it, as cuDNN
-    does: "decode" are the tokens of the first round, as a user meets them, "decode_again" those of later rounds. Both
+    does: "decode" are the tokens of the first round, as a user has them, "decode_again" those of later rounds. Both
     threads share one core where the system allows: cores of a busy host differ by half, for seconds on end.
     """
     model = random_model(device, tiny)

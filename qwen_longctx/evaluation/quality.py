@@ -1,6 +1,7 @@
 """Sparse against dense prefill on real text: likelihood, agreement, density, time and passkeys.
 
-Dense is the truth within the trained length. Beyond it dense itself wanders; judge there by likelihood and passkeys.
+Within the trained length dense attention is the standard. Beyond it dense attention errs too: judge there by likelihood
+and passkeys.
 """
 
 from __future__ import annotations

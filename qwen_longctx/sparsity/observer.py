@@ -1,4 +1,4 @@
-"""The seam for whoever wants to watch sparse prefill: to time its stages, or to see what is kept."""
+"""For whoever wants to watch sparse prefill: to time its stages, or to see what is kept."""
 
 from __future__ import annotations
 
