@@ -76,6 +76,8 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
 
 def _check_attended(model: Any, layout: Layout) -> None:
     """Refuse results to which an attention that knows nothing of the layout has contributed."""
+    if len(layout.attended) >= min(model.config.num_hidden_layers, len(model.layers)):
+        return
     layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
     wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
     if len(layout.attended) < wanted:
