@@ -40,8 +40,10 @@ def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """
     if not x.is_cuda or x.dtype == torch.float64 or not triton_runtime.AVAILABLE or needs_gradient(x, *others):
         return False
-    bfloat16 = any(one.dtype == torch.bfloat16 for one in (x, *others))
-    return capability(x.device) >= ((8, 0) if bfloat16 else (7, 0))
+    here = capability(x.device)
+    if here >= (8, 0):  # dtypes are looked at on older devices only: decoding asks for each layer
+        return True
+    return here >= (7, 0) and not any(one.dtype == torch.bfloat16 for one in (x, *others))
 
 
 def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
