@@ -13,6 +13,7 @@ from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.hf_cache import append
 from qwen_longctx.kv.store import Store, Tensors
+from qwen_longctx.ops.device import cast
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
 
@@ -51,7 +52,7 @@ def attention_forward(
     v = self.v_proj(hidden_states).view(shape)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
-    k = _cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
+    k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)
     if past_key_values is not None:
         kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
@@ -61,14 +62,10 @@ def attention_forward(
             f"attention was given {held.shape[1]} of {dual_chunk.length} keys: the cache was dropped on the way, as "
             "gradient checkpointing does. Train without past_key_values, or without gradient checkpointing"
         )
-    q = _cast(q, held.dtype)
-    out = _cast(dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
+    q = cast(q, held.dtype)
+    out = cast(dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # even an idle `to` costs time, and decoding counts microseconds
 
 
 def _held(kv: Store | Tensors) -> torch.Tensor:

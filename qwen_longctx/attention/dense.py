@@ -13,6 +13,7 @@ from qwen_longctx.geometry.layout import Layout, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
 from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.store import ALL_ROWS, KeyValues
+from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.gradients import Part, merged_attention
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.reference import weights as attention_weights
@@ -82,8 +83,7 @@ class SpanPlace(NamedTuple):
         """Queries `q` of the whole span, rotated towards one kind of segment."""
         start = self.group.queries.start + self.done
         table = self.layout.tables.queries[kind].rows(self.group.rows, slice(start, start + q.shape[1]))
-        rotated = rotate(q, table)
-        return rotated if rotated.dtype == q.dtype else rotated.to(q.dtype)
+        return cast(rotate(q, table), q.dtype)
 
     def segment(self, kv: KeyValues, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the group's rows at positions `start` to `stop`."""

@@ -46,6 +46,11 @@ def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return here >= (7, 0) and not any(one.dtype == torch.bfloat16 for one in (x, *others))
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` as `dtype`; even a `to` that does nothing costs time, and decoding counts microseconds."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse tensors of different dtypes, which some fused kernels would misread."""
     if not q.dtype == k.dtype == v.dtype:

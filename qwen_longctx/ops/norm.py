@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.device import cast, uses_triton
 
 _FEWEST = 1 << 20  # numbers; for fewer, as in decode, the launch costs more than the passes saved
 
@@ -51,7 +51,7 @@ def short_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     Where Liger-Kernel does not pay, as in decode: fewer launches than the stock norm, rounded alike.
     """
     normed = torch.rms_norm(x, x.shape[-1:], None, epsilon)
-    return weight * (normed if normed.dtype == x.dtype else normed.to(x.dtype))  # autocast leaves float32
+    return weight * cast(normed, x.dtype)  # autocast leaves float32
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
