@@ -1,0 +1,51 @@
+"""The tasks of ``qwen-longctx eval``, a file or a family of files each; see `evaluation.task` for what a task is.
+
+To add one, write a file with ``TASKS`` and name it in `FILES`, or give ``--tasks`` the path of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from qwen_longctx.errors import InvalidValue, MissingFile
+from qwen_longctx.evaluation.task import Task
+
+FILES: tuple[str, ...] = ()
+
+
+def find(names: Sequence[str]) -> list[Task]:
+    """Tasks by name; the name of a file stands for all of its tasks, and a path ends in ``.py``.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such task, or a file of the user's defines none.
+    MissingFile
+        There is no such file.
+    """
+    known = {name: import_module(f"{__name__}.{name}").TASKS for name in FILES}
+    single = {task.name: (task,) for tasks in known.values() for task in tasks}
+    found: dict[str, Task] = {}
+    for name in names:
+        tasks = _of_file(name) if name.endswith(".py") else known.get(name) or single.get(name)
+        if not tasks:
+            raise InvalidValue(f"there is no task {name!r}: name some of {', '.join([*known, *single])}")
+        found.update({task.name: task for task in tasks})
+    return list(found.values())
+
+
+def _of_file(path: str) -> tuple[Task, ...]:
+    if not Path(path).is_file():
+        raise MissingFile(f"there is no file {path}: name a task, or a Python file that defines TASKS")
+    spec = spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tasks = getattr(module, "TASKS", ())
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise InvalidValue(f"{path} defines no tasks: give it TASKS, a tuple of qwen_longctx.evaluation.task.Task")
+    return tuple(tasks)
