@@ -173,7 +173,8 @@ def test_scores_of_infinitebench_are_those_of_lm_eval(answer):
 
 
 def graph_of(sample: Sample) -> tuple[networkx.DiGraph, str]:
-    edges, _, operation = sample.prompt.partition("The graph has the following edges:\n")[2].partition("\n\nOperation: ")
+    listed = sample.prompt.partition("The graph has the following edges:\n")[2]
+    edges, _, operation = listed.partition("\n\nOperation: ")
     pairs = [tuple(line.split(" -> ")) for line in edges.splitlines()]
     assert len(pairs) == len(set(pairs)) > 20 and all(a != b for a, b in pairs)
     return networkx.DiGraph(pairs), operation
@@ -318,7 +319,14 @@ def test_more_questions_than_there_are(reports):
 
 @pytest.mark.parametrize(
     "answer, right",
-    [(" the answer 3", 1), (" Answer: 3", 1), (" answer 30", 0), (" An answer, 3.\n\nBecause", 1), (" The answer is 3", 0), ("", 0)],
+    [
+        (" the answer 3", 1),
+        (" Answer: 3", 1),
+        (" answer 30", 0),
+        (" An answer, 3.\n\nBecause", 1),
+        (" The answer is 3", 0),
+        ("", 0),
+    ],
 )
 def test_exact_match(answer, right):
     sample = Sample("", "", ("The Answer, 3.",))

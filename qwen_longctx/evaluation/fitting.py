@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice, zip_longest
 
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation.task import Reader, Sample
 
+LEFT_OUT = "\n\n[...]\n\n"  # stands where the middle of a text was
+_PIECE = re.compile(r"[^\n]{1,200}(?=[ \n]|\Z)\n*|[^\n]{1,200}\n*|\n+")
 _BATCH = 1024
 
 
@@ -68,6 +71,40 @@ def fitted(reader: Reader, length: int, pieces: Iterable[str], build: Callable[[
         while over > 0:  # pieces that take more tokens together than apart
             taken.pop()
             over -= counts.pop() or 1
+
+
+def pieces_of(text: str) -> list[str]:
+    """Lines and parts of lines, at most about 200 characters each, that make up a text together."""
+    return _PIECE.findall(text)
+
+
+def cut(reader: Reader, length: int, text: str, build: Callable[[str], Sample]) -> Sample:
+    """The sample made of a text, or of its two ends where the whole does not fit into a length.
+
+    Parameters
+    ----------
+    reader : Reader
+    length : int
+        Tokens that the sample may take up.
+    text : str
+        `LEFT_OUT` takes the place of what is left out, as many pieces before the middle as after it.
+    build : callable
+        Makes the sample of a text.
+
+    Raises
+    ------
+    InvalidValue
+        The sample does not fit even without the text.
+    """
+    pieces = pieces_of(text)
+    half = (len(pieces) + 1) // 2
+    outside_in = chain.from_iterable(zip_longest(pieces[:half], reversed(pieces[half:]), fillvalue=""))
+
+    def of_pieces(taken: list[str]) -> Sample:
+        gap = LEFT_OUT if len(taken) < len(pieces) else ""
+        return build("".join(taken[::2]) + gap + "".join(reversed(taken[1::2])))
+
+    return fitted(reader, length, outside_in, of_pieces)
 
 
 def _take(reader: Reader, pieces: Iterable[str], room: int) -> tuple[list[str], list[int]]:

@@ -35,9 +35,11 @@ NOUNS = (
     "wagon walnut wheel whistle willow window wolf yarn zebra"
 ).split()
 
-_PEOPLE = "baker captain carpenter clerk doctor farmer gardener guide judge merchant miller neighbor nurse painter pilot".split()
-_PEOPLE += "poet potter sailor shepherd singer smith student tailor teacher traveler waiter weaver widow writer".split()
-_VERBS = "carried counted described found forgot liked moved noticed painted remembered repaired sold watched wanted".split()
+_PEOPLE = (
+    "baker captain carpenter clerk doctor farmer gardener guide judge merchant miller neighbor nurse painter pilot poet "
+    "potter sailor shepherd singer smith student tailor teacher traveler waiter weaver widow writer"
+).split()
+_VERBS = "carried counted described found forgot liked moved noticed painted remembered repaired sold wanted".split()
 _PLACES = (
     "at the market, behind the church, beside the canal, by the old mill, in the next valley, near the station, "
     "on the far shore, outside the town, under the bridge, at the end of the road"

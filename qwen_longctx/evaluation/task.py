@@ -6,7 +6,7 @@ A task is a small file in `evaluation/tasks` (or anywhere, named by its path) th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -27,6 +27,8 @@ class Sample:
         Words that the answer starts with, written after the template's header of the answer (RULER's answer prefix).
     new_tokens : int
         Tokens to generate; 0 for none, and no score.
+    document : dict
+        What else `Task.score` needs to know of a published sample.
     """
 
     prompt: str | tuple[int, ...]
@@ -34,6 +36,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     prefix: str = ""
     new_tokens: int = 0
+    document: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

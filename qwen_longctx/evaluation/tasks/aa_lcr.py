@@ -14,33 +14,21 @@ punctuation and articles, before its first empty line: a stricter score, that is
 from __future__ import annotations
 
 import random
-import re
 import string
 from collections.abc import Callable, Iterator
-from itertools import chain, zip_longest
 
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation.fitting import fitted, size
+from qwen_longctx.evaluation.fitting import cut, fitted, pieces_of, size
 from qwen_longctx.evaluation.packages import aa_lcr
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
 _NEW_TOKENS = 96  # the longest published answer has about 70
-_PIECE = re.compile(r"[^\n]{1,200}(?=[ \n]|\Z)\n*|[^\n]{1,200}\n*|\n+")  # of a text, which they make up together
-_LEFT_OUT = "\n\n[...]\n\n"
 
 Row = dict[str, str]
 
 
 def _own(reader: Reader, length: int, row: Row, source: random.Random) -> Sample:
-    pieces = _PIECE.findall(row["context"])
-    half = (len(pieces) + 1) // 2
-    outside_in = chain.from_iterable(zip_longest(pieces[:half], reversed(pieces[half:]), fillvalue=""))
-
-    def build(taken: list[str]) -> Sample:
-        cut = _LEFT_OUT if len(taken) < len(pieces) else ""
-        return _sample(row, "".join(taken[::2]) + cut + "".join(reversed(taken[1::2])))
-
-    return fitted(reader, length, outside_in, build)
+    return cut(reader, length, row["context"], lambda documents: _sample(row, documents))
 
 
 def _haystack(reader: Reader, length: int, row: Row, source: random.Random) -> Sample:
@@ -55,7 +43,7 @@ def _haystack(reader: Reader, length: int, row: Row, source: random.Random) -> S
         place = min([*starts, len(filler)], key=lambda i: abs(i - depth * len(filler)))
         return _sample(row, "".join([*filler[:place], row["context"], "\n\n", *filler[place:]]))
 
-    pieces = (piece for context in others for piece in _PIECE.findall(context + "\n\n"))
+    pieces = (piece for context in others for piece in pieces_of(context + "\n\n"))
     return fitted(reader, length, pieces, build)
 
 
