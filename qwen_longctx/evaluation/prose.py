@@ -36,8 +36,8 @@ NOUNS = (
 ).split()
 
 _PEOPLE = (
-    "baker captain carpenter clerk doctor farmer gardener guide judge merchant miller neighbor nurse painter pilot poet "
-    "potter sailor shepherd singer smith student tailor teacher traveler waiter weaver widow writer"
+    "baker captain carpenter clerk doctor farmer gardener guide judge merchant miller neighbor nurse painter pilot "
+    "poet potter sailor shepherd singer smith student tailor teacher traveler waiter weaver widow writer"
 ).split()
 _VERBS = "carried counted described found forgot liked moved noticed painted remembered repaired sold wanted".split()
 _PLACES = (

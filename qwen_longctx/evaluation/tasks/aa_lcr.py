@@ -14,10 +14,10 @@ punctuation and articles, before its first empty line: a stricter score, that is
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Callable, Iterator
 
 from qwen_longctx.errors import InvalidValue
+from qwen_longctx.evaluation.answers import normalised
 from qwen_longctx.evaluation.fitting import cut, fitted, pieces_of, size
 from qwen_longctx.evaluation.packages import aa_lcr
 from qwen_longctx.evaluation.task import Reader, Sample, Task
@@ -74,12 +74,6 @@ def _samples(
             yield make(reader, length, row, random.Random(f"{row['question']} {seed}"))
 
     return samples
-
-
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
 def exact_match(sample: Sample, answer: str) -> float:

@@ -1,0 +1,44 @@
+"""A model that judges answers of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+_NEW_TOKENS = 512
+
+
+def checkpoint(name: str) -> Callable[[str], str]:
+    """A judge from a folder or hub name of a causal model of transformers, loaded when it judges first.
+
+    It answers greedily, in the chat template of its tokenizer where there is one.
+    """
+
+    def judge(prompt: str) -> str:
+        import torch
+
+        model, tokenizer = _loaded(name)
+        ids = _ids(tokenizer, prompt).to(model.device)
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW_TOKENS, do_sample=False)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return judge
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto").eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _ids(tokenizer: Any, prompt: str) -> Any:
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
