@@ -151,18 +151,46 @@ def test_a_checkpoint_judges(monkeypatch):
 
 
 LM_EVAL = {
-    "longbench/longbench_small.yaml": "include: _common_yaml\ntask: longbench_small\nprocess_results: !function metrics.of\n"
-    'doc_to_text: "Read.\\n\\n{{context}}\\n\\nQuestion: {{question}}\\nAnswer:"\n',
-    "longbench/_common_yaml": "target_delimiter: ' '\ngeneration_kwargs:\n  max_gen_toks: 12\n  until: [\"\\n\"]\n",
-    "longbench/metrics.py": "def of(doc, results):\n    return {'score': float(results[0].strip() in doc['answers'])}\n",
-    "longbench/longbench_needs.yaml": "include: _common_yaml\ntask: longbench_needs\nprocess_results: !function absent.of\n",
+    "longbench/_common_yaml": """
+target_delimiter: ' '
+generation_kwargs:
+  max_gen_toks: 12
+  until: ["\\n"]
+""",
+    "longbench/longbench_small.yaml": """
+include: _common_yaml
+task: longbench_small
+process_results: !function metrics.of
+doc_to_text: "Read.\\n\\n{{context}}\\n\\nQuestion: {{question}}\\nAnswer:"
+""",
+    "longbench/metrics.py": "def of(doc, results):\n    return {'score': results[0].strip() in doc['answers']}\n",
+    "longbench/longbench_needs.yaml": """
+include: _common_yaml
+task: longbench_needs
+process_results: !function absent.of
+""",
     "longbench/absent.py": "import no_such_package\n",
-    "longbench2/two.yaml": 'task: longbench2_small\noutput_type: multiple_choice\ndoc_to_choice: ["A", "B", "C", "D"]\n'
-    'doc_to_text: "{{context}}\\n{{question}}\\n(A) {{choices[0]}}\\n(D) {{choices[3]}}\\nAnswer:"\n',
-    "babilong/one.yaml": "task: babilong_small\nnum_fewshot: 1\nprocess_results: !function utils.of\ndescription: 'Say.\n\n\n'\n"
-    'doc_to_text: "{{input.strip()}}\\n{{question}}"\ngeneration_kwargs:\n  max_gen_toks: 9\n'
-    "fewshot_config:\n  samples:\n  - {input: Al is in., question: 'Where?', target: In.}\n",
-    "babilong/utils.py": "def of(doc, results):\n    return {'acc': float(doc['target'] in results[0])}\n",
+    "longbench2/two.yaml": """
+task: longbench2_small
+output_type: multiple_choice
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_text: "{{context}}\\n{{question}}\\n(A) {{choices[0]}}\\n(D) {{choices[3]}}\\nAnswer:"
+""",
+    "babilong/one.yaml": """
+task: babilong_small
+num_fewshot: 1
+process_results: !function utils.of
+description: "Say.\\n\\n"
+doc_to_text: "{{input.strip()}}\\n{{question}}"
+generation_kwargs:
+  max_gen_toks: 9
+fewshot_config:
+  samples:
+  - input: Al is in.
+    question: Where?
+    target: In.
+""",
+    "babilong/utils.py": "def of(doc, results):\n    return {'acc': doc['target'] in results[0]}\n",
 }
 
 
