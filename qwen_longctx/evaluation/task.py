@@ -56,7 +56,7 @@ class Reader:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # no word on its length
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
