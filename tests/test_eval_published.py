@@ -59,6 +59,8 @@ def test_a_published_text_is_cut_from_its_middle(tmp_path, reader):
         assert 2900 < size(reader, sample) <= 3000
         assert sample.target == ("" if reader.chat else " ") + "It is owned by Ann Lee."
     assert len({sample.prompt for sample in samples}) == 3
+    firsts = {next(task.samples(reader, 3000, 1, seed)).prompt for seed in range(8)}
+    assert len(firsts) > 1  # another seed begins with another document
     (whole,) = task.samples(reader, 60_000, 1, 0)
     assert LONG in whole.prompt and size(reader, whole) < 60_000
 

@@ -132,8 +132,16 @@ def test_chains_lead_to_the_number():
         hops[name] = 0 if value.isdigit() else hops[value] + 1
     asked = re.search(r"[A-Z]{5}", question)[0]
     assert stands[asked] == sample.answers[0] and hops[asked] == needles.LINKS - 1
-    same = [name for name, number in stands.items() if number == sample.answers[0]]
-    assert len(same) == needles.LINKS and len(stands) > 10 * needles.LINKS
+    assert len(stands) > 10 * needles.LINKS
+    order = list(stands)
+    gaps = [order.index(line.split(" = ")[1]) for line in body.splitlines() if not line[-1].isdigit()]
+    assert gaps != sorted(gaps)  # chains do not follow each other in step
+
+
+def test_one_chain_only_has_the_number(monkeypatch):
+    monkeypatch.setattr(needles, "_CODES", range(10_000, 10_010))  # so that chains share numbers
+    sample = one(named("needles_chain"), 8192)
+    assert sample.prompt.count(f" = {sample.answers[0]}\n") == 1
 
 
 def test_keys_of_infinitebench():
@@ -218,6 +226,7 @@ def test_windows_of_a_text_follow_each_other(name):
     (whole,) = task.samples(READER, 2000, 1, 0)
     assert whole.prompt + whole.target == first.prompt + first.target + second.prompt + second.target
     assert one(task, 1000, seed=1) == second
+    assert list(task.samples(READER, 500, 2, 1))[0].prompt == second.prompt[:250]
     long = one(task, 20_000)
     assert len(long.target) == texts.JUDGED and len(long.prompt) == 20_000 - texts.JUDGED
 
@@ -300,15 +309,15 @@ def test_documents_that_fit_are_whole(reports):
 def test_documents_among_those_of_others(reports):
     places = []
     whole = size(READER, one(named("aa_lcr"), 50_000))
-    length = 2 * whole
-    for seed in range(8):
+    length = 3 * whole - 500
+    for seed in range(16):
         sample = one(named("aa_lcr_haystack"), length, seed)
         own = int(re.search(r"Question: What is (\d)\?", sample.prompt)[1]) // 2
         lines = re.findall(r"Line (\d+) of set (\d)", sample.prompt)
         assert [int(n) for n, which in lines if int(which) == own] == list(range(120))  # whole, and in order
         assert length - 200 < size(READER, sample) <= length
         places.append([int(which) for _, which in lines].index(own))
-    assert len(set(places)) > 1
+    assert any(0 < place < 220 for place in places) and len(set(places)) > 2  # also between the other two sets
     assert one(named("aa_lcr_haystack"), 3000) == one(named("aa_lcr"), 3000)
 
 
