@@ -20,7 +20,8 @@ from qwen_longctx.errors import InvalidType, InvalidValue
 
 KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 # a rule of sparse prefill and the settings that it owns: the file of that name in sparsity/rules checks them
-RULES: dict[str, tuple[str, ...]] = {"block_scores": ("density", "mass", "score_threshold"), "vertical_slash": ()}
+_OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
+RULES: dict[str, tuple[str, ...]] = {"block_scores": _OF_SCORES, "exact_shares": _OF_SCORES, "vertical_slash": ()}
 SPARSE = ("off", "auto", *RULES)
 _LARGEST_BLOCK = 128
 _LARGEST_CHUNK = 1 << 62  # positions are 64-bit integers, and two chunks must fit
@@ -108,6 +109,7 @@ class Sparse(_Part):
     block_size: int | None = None
     sparse_attention_config: Any = field(default=None, hash=False)
     recall_target: float | None = None
+    fidelity: str = "balanced"
     density: float | None = None
     mass: float | None = None
     score_threshold: float | None = None
@@ -125,15 +127,17 @@ class Sparse(_Part):
                 "sparse_attention_config must be a file, its content or 'minference', "
                 f"got {self.sparse_attention_config!r:.80}"
             )
+        defaults = {field.name: field.default for field in fields(Sparse)}
         for rule, names in RULES.items():
-            given = [name for name in names if getattr(self, name) is not None]
-            if given and self.sparse in RULES and self.sparse != rule:
+            given = [name for name in names if getattr(self, name) != defaults[name]]
+            if not given:
+                continue
+            if self.sparse in RULES and given[0] not in RULES[self.sparse]:
                 raise InvalidValue(
                     f"{given[0]} is a setting of {rule}, sparse is {self.sparse!r}: leave {given[0]} out, or set "
                     f"sparse={rule!r}"
                 )
-            if given:
-                self.options(rule)
+            self.options(rule)
 
     def options(self, rule: str) -> Any:
         """The settings that a rule owns, checked by the rule's own file (loaded here: it imports torch)."""
@@ -171,8 +175,9 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
         Tokens of a prompt that pass through the model at a time.
     mlp_chunk_size : int
         Tokens that pass through an MLP at a time.
-    sparse : {"off", "auto", "block_scores", "vertical_slash"}
-        How prefill chooses keys. "auto" is "block_scores" where a fast kernel takes block lists, else dense.
+    sparse : {"off", "auto", "block_scores", "exact_shares", "vertical_slash"}
+        How prefill chooses keys. "auto" is "block_scores" where a fast kernel takes block lists and the prompt is long
+        enough for this model that it is faster, else dense. "exact_shares" is for study: slower than dense.
     sparse_attention_threshold : int
         Prompts of more tokens are prefilled sparsely.
     last_q : int
@@ -184,8 +189,10 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
         Budgets for vertical-slash: a file, its content, or "minference" for the file that package ships.
     recall_target : float, optional
         Share of the dense attention below which a head gets more than others; None is the rule's own.
+    fidelity : {"fast", "balanced", "careful"}
+        How much of the attention block scores keep: see ``docs/sparse-prefill.md`` for what each costs.
     density, mass, score_threshold : float, optional
-        What block scores keep, instead of their own choice: the best share of the blocks, of the scored mass, or what
+        What block scores keep, in place of a fidelity: the best share of the blocks, of the scored mass, or what
         has this fraction of a tile's best score; `density` can limit the other two. Held for all heads, unless a
         `recall_target` is given too.
     kernel : {"auto", "fa4", "flex", "sdpa", "reference"}

@@ -23,10 +23,16 @@ from qwen_longctx.ops.row_lse import _row_lse
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
 KERNELS = [
     (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
-    (
-        _block_shares,
-        {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
-        {**TILE, "PER_TILE": 8, "PER_BLOCK": 4},
+    *(
+        (
+            _block_shares,
+            {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
+            {**TILE, **sizes},
+        )
+        for sizes in (
+            {"PER_TILE": 8, "PER_BLOCK": 4, "MEAN": False},
+            {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "MEAN": True},
+        )
     ),
     (
         _columns,

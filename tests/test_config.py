@@ -97,8 +97,19 @@ def test_a_rule_owns_its_settings():
             LongContextConfig(*THREE, **values)
         assert str(own.value) == str(flat.value)
     for name in config.RULES["block_scores"]:
+        value = "fast" if name == "fidelity" else 0.5
         with pytest.raises(ValueError, match=f"{name} is a setting of block_scores, sparse is 'vertical_slash'"):
-            LongContextConfig(*THREE, sparse="vertical_slash", **{name: 0.5})
+            LongContextConfig(*THREE, sparse="vertical_slash", **{name: value})
+        assert LongContextConfig(*THREE, sparse="exact_shares", **{name: value}).options("exact_shares")
+
+
+def test_one_setting_says_how_much_is_kept():
+    with pytest.raises(ValueError, match="fidelity must be one of fast, balanced, careful, got 'slow'"):
+        LongContextConfig(*THREE, fidelity="slow")
+    with pytest.raises(ValueError, match="fidelity must be one of"):
+        LongContextConfig(*THREE, fidelity=1)
+    with pytest.raises(ValueError, match="fidelity='careful' is given beside density, mass or score_threshold"):
+        LongContextConfig(*THREE, fidelity="careful", mass=0.5)
 
 
 def test_what_a_checkpoint_says():

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, patched_qwen
+from qwen_longctx.checkpoint import Heads
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import MissingFile, NotFinite
 from qwen_longctx.evaluation import corpus, passkey, plots, quality
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import mean_keys
-from qwen_longctx.sparsity import budgets, request
+from qwen_longctx.sparsity import SparseState, budgets, request
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
 ON = {"sparse": "block_scores", "sparse_attention_threshold": 200, "prefill_chunk_size": 150, "block_size": 32}
@@ -251,12 +252,31 @@ def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
 )
 def test_auto_is_sparse_where_it_can_be_fast(settings, sparse, monkeypatch):
     monkeypatch.setattr(ops, "why_not", lambda *kind: {"fa4": "is not here", "flex": "neither"})
+    monkeypatch.setattr(request, "_PAYS", 0)
     on = {name: value for name, value in ON.items() if name != "sparse"}
     cache = LongContextCache()
     with patched_qwen(model := long_model(), **{**on, **settings}):
         logits(model, prompt(500), cache)
     assert bool(cache.sparse_state.records) == sparse
     assert {rule for rule, _ in cache.sparse_state.budgets} == ({"block_scores"} if sparse else set())
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "length", "sparse"),
+    [(14, 64, 33_000, False), (14, 64, 65_536, True), (28, 128, 33_000, True), (2, 64, 65_536, False)],
+)
+def test_auto_is_dense_where_choosing_takes_longer(heads, head_dim, length, sparse, monkeypatch):
+    monkeypatch.setattr(request, "rule_name", lambda *kind: "block_scores")
+    model_config = tiny_model("qwen2").config
+    model_config.head_dim = head_dim
+
+    def plan(**settings):
+        what = {"heads": lambda: Heads(heads, 2, 0), "device": torch.device("cpu"), "dtype": torch.bfloat16}
+        config = LongContextConfig(32768, 8192, 32768, **settings)
+        return request.plan_request(config, model_config, **what, state=SparseState(), length=length)
+
+    assert (plan() is not None) == sparse
+    assert plan(sparse="block_scores") is not None  # asked for by name
 
 
 # --- files of budgets ---------------------------------------------------------------------------------------------
@@ -422,7 +442,11 @@ def test_bad_files_of_budgets(tmp_path):
 
 
 BAD_SETTINGS = [
-    ({"sparse": "some"}, ValueError, "sparse must be one of off, auto, block_scores, vertical_slash, got 'some'"),
+    (
+        {"sparse": "some"},
+        ValueError,
+        "sparse must be one of off, auto, block_scores, exact_shares, vertical_slash, got 'some'",
+    ),
     ({"recall_target": 1.0}, ValueError, "recall_target must lie between 0 and 1, got 1.0"),
     ({"density": 0.0}, ValueError, "density must lie between 0 and 1, got 0.0"),
     ({"mass": "all"}, TypeError, "mass must be a number, got 'all'"),

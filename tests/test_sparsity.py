@@ -14,7 +14,7 @@ from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.keep import keep
 from qwen_longctx.sparsity.record import SparseState
-from qwen_longctx.sparsity.rules import block_scores, vertical_slash
+from qwen_longctx.sparsity.rules import block_scores, exact_shares, vertical_slash
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.steering import steer
 from qwen_longctx.sparsity.view import Selection
@@ -29,6 +29,7 @@ RULES = [
     {"sparse": "block_scores", "density": 0.4},
     {"sparse": "block_scores", "mass": 0.7},
     {"sparse": "block_scores", "score_threshold": 0.3},
+    {"sparse": "exact_shares", "density": 0.4},
     {"sparse": "vertical_slash", "sparse_attention_config": BUDGETS},
     {"sparse": "vertical_slash", "sparse_attention_config": BUDGETS, "recall_target": 0.8},
 ]
@@ -259,11 +260,22 @@ def test_block_scores_are_the_best_shares_of_pooled_queries_on_mean_keys(cuts):
             assert not found[0, :, tile, whole:].any()
 
 
-@pytest.mark.parametrize(("trained", "mass", "share"), [(640, 0.93, 0.03125), (320, 0.725, 0.0625), (40, 0.35, 0.5)])
-def test_default_keeps_a_mass_that_falls_and_a_window_that_grows_with_the_prompt(trained, mass, share, monkeypatch):
+@pytest.mark.parametrize(
+    ("trained", "fidelity", "mass", "share"),
+    [
+        (640, "balanced", 0.93, 0.03125),
+        (320, "balanced", 0.93, 0.0625),
+        (40, "balanced", 0.85, 0.5),
+        (320, "careful", 0.97, 0.0625),
+        (640, "fast", 0.93, 0.03125),
+        (320, "fast", 0.725, 0.0625),
+        (40, "fast", 0.35, 0.5),
+    ],
+)
+def test_a_fidelity_keeps_its_mass_and_a_window_that_grows_with_the_prompt(trained, fidelity, mass, share, monkeypatch):
     monkeypatch.setattr(block_scores, "NEAR", 2)
     q, k, v = draw(640)
-    config = settings(original_max_position_embeddings=trained, recall_target=0.01)  # which no head misses
+    config = settings(original_max_position_embeddings=trained, recall_target=0.01, fidelity=fidelity)
     _, _, spy = prefill(q, k, v, config, [256, 640])
     assert spy.seen
     for view, selection in spy.seen:
@@ -275,9 +287,36 @@ def test_default_keeps_a_mass_that_falls_and_a_window_that_grows_with_the_prompt
                 assert set(selection.mask[0, head, tile].nonzero()[:, 0].tolist()) == keep_by_hand(*values)
 
 
-def test_default_mass_over_lengths():
-    found = [block_scores.default_mass(times) for times in (0.1, 1, 1.0001, 2, 4, 16, 64)]
-    assert found == pytest.approx([0.93, 0.93, 0.85, 0.725, 0.6, 0.35, 0.35], abs=1e-4)
+@pytest.mark.parametrize(
+    ("fidelity", "masses"),
+    [
+        ("fast", [0.93, 0.93, 0.85, 0.725, 0.6, 0.475, 0.35, 0.35]),
+        ("balanced", [0.93, 0.93, 0.93, 0.93, 0.93, 0.93, 0.85, 0.85]),
+        ("careful", [0.97, 0.97, 0.97, 0.97, 0.97, 0.97, 0.93, 0.93]),
+    ],
+)
+def test_masses_over_lengths(fidelity, masses):
+    found = [block_scores.mass_of(fidelity, times) for times in (0.1, 1, 1.0001, 2, 4, 8, 16, 64)]
+    assert found == pytest.approx(masses, abs=1e-4)
+    assert block_scores.mass_of("balanced", 8 * 2**0.5) == pytest.approx(0.89)
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_exact_shares_are_shares_of_attention(cuts):
+    """Against the softmax of each query over the keys of the blocks that its tile sees whole."""
+    q, k, v = draw(cuts[-1])
+    config = settings(sparse="exact_shares")
+    _, _, spy = prefill(q, k, v, config, cuts)
+    logits = all_logits(q[0], k[0])
+    assert spy.seen
+    for view, _ in spy.seen:
+        found = exact_shares.scores(view)
+        for tile, whole in enumerate(view.tiles.whole.tolist()):
+            start, stop = int(view.tiles.starts[tile]), int(view.tiles.stops[tile])
+            queries = [min(row, stop - 1) for row in range(start, start + 32)]  # the last fills a short tile up
+            share = logits[:, queries, : whole * 32].softmax(-1).unflatten(2, (-1, 32)).sum(3).mean(1)
+            torch.testing.assert_close(found[0, :, tile, :whole], share, atol=1e-9, rtol=1e-9)
+            assert not found[0, :, tile, whole:].any()
 
 
 def best(values, count):
@@ -407,7 +446,7 @@ def test_trials_score_a_tile_once(rule, monkeypatch):
     assert len(calls) == 2 and bool((budget != 1).any())  # both rules start at 1: the trials have steered
 
 
-@pytest.mark.parametrize("share", [{}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
+@pytest.mark.parametrize("share", [{"fidelity": "fast"}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
 def test_steering_only_adds_to_a_share(share):
     """No head gets less than the share, and those that recall too little get more."""
     q, k, v = draw(640)

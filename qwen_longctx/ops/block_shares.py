@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -23,8 +24,9 @@ def block_shares(
     rows: int,
     per_block: int,
     scale: float,
+    pool: Literal["max", "mean"] = "max",
 ) -> torch.Tensor:
-    """Softmax shares of mean keys, summed by block: the largest that any row of a tile gives it.
+    """Softmax shares of keys or of means of keys, summed by block: the largest or the mean over the rows of a tile.
 
     Parameters
     ----------
@@ -41,6 +43,7 @@ def block_shares(
     per_block : int
         Means per block.
     scale : float
+    pool : {"max", "mean"}
 
     Returns
     -------
@@ -48,7 +51,7 @@ def block_shares(
         Shape (batch, heads, tiles, ceil(means / per_block)), float32 (float64 for float64 input).
     """
     if uses_triton(q, means, lse):
-        return block_shares_triton(q, means, lse, limits, rows=rows, per_block=per_block, scale=scale)
+        return block_shares_triton(q, means, lse, limits, rows=rows, per_block=per_block, scale=scale, pool=pool)
     step = rows * max(1, _LOGITS_AT_A_TIME // max(1, q.shape[0] * q.shape[2] * rows * means.shape[1]))
     floor = torch.finfo(lse.dtype).min
     parts = []
@@ -57,7 +60,8 @@ def block_shares(
         logits = row_logits(q[:, at], means, limits[at], scale=scale)
         shares = torch.exp(logits - lse[:, :, at].clamp(min=floor)[..., None])
         shares = functional.pad(shares, (0, -means.shape[1] % per_block)).unflatten(3, (-1, per_block)).sum(dim=4)
-        parts.append(shares.unflatten(2, (-1, rows)).amax(dim=3))
+        shares = shares.unflatten(2, (-1, rows))
+        parts.append(shares.amax(dim=3) if pool == "max" else shares.mean(dim=3))
     return torch.cat(parts, dim=2)
 
 
@@ -71,14 +75,16 @@ def block_shares_triton(
     rows: int,
     per_block: int,
     scale: float,
+    pool: str = "max",
 ) -> torch.Tensor:
-    """See `block_shares`. `rows` and `per_block` are powers of two, at most 64."""
+    """See `block_shares`. `rows` and `per_block` are powers of two, at most 128."""
     batch, queries, heads, head_dim = q.shape
     tiles, blocks = queries // rows, triton.cdiv(means.shape[1], per_block)
     shares = torch.zeros((batch, heads, tiles, blocks), dtype=torch.float32, device=q.device)
     if shares.numel() == 0:
         return shares
-    grid = (triton.cdiv(queries, ROWS_AT_A_TIME), triton.cdiv(means.shape[1], KEYS_AT_A_TIME), batch * heads)
+    rows_at_a_time, keys_at_a_time = max(ROWS_AT_A_TIME, rows), max(KEYS_AT_A_TIME, per_block)
+    grid = (triton.cdiv(queries, rows_at_a_time), triton.cdiv(means.shape[1], keys_at_a_time), batch * heads)
     _block_shares[grid](
         q,
         means,
@@ -96,11 +102,12 @@ def block_shares_triton(
         scale * math.log2(math.e),
         HEAD_DIM=head_dim,
         DIM=triton.next_power_of_2(head_dim),
-        ROWS=ROWS_AT_A_TIME,
-        KEYS=KEYS_AT_A_TIME,
+        ROWS=rows_at_a_time,
+        KEYS=keys_at_a_time,
         PER_TILE=rows,
         PER_BLOCK=per_block,
-        num_warps=4,
+        MEAN=pool == "mean",
+        num_warps=4 if rows_at_a_time * keys_at_a_time <= 4096 else 8,
     )
     return shares
 
@@ -131,6 +138,7 @@ def _block_shares(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     PER_TILE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     part, column, owner = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = (owner // heads).to(tl.int64), owner % heads
@@ -154,7 +162,8 @@ def _block_shares(  # type: ignore[no-untyped-def]
     seen = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
     share = tl.where(seen, tl.exp2(tl.where(seen, logits, 0.0)), 0.0)
     share = tl.sum(tl.reshape(share, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
-    share = tl.max(tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK)), 1)
+    share = tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK))
+    share = tl.sum(share, 1) / PER_TILE if MEAN else tl.max(share, 1)
     tile = part * (ROWS // PER_TILE) + tl.arange(0, ROWS // PER_TILE)
     block = column * (KEYS // PER_BLOCK) + tl.arange(0, KEYS // PER_BLOCK)
     place = (owner.to(tl.int64) * tiles + tile[:, None]) * blocks + block[None, :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch.nn import functional
@@ -25,18 +26,23 @@ from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 MEANS_A_BLOCK = 4
 POOLED_ROWS = 8  # a tile; neighbours ask for much the same
 SINK = 1  # blocks at the start kept always, beside those that a tile sees in part
-MASS = 0.93  # within the trained length
-FAR = 16  # times that length: beyond it the rule changes until there, and was measured until there
-FAR_MASS = 0.85, 0.35  # just beyond the trained length, and at FAR
-NEAR = 96  # at FAR the nearest of so many blocks is kept always, before it fewer
+# Share of the scored mass at lengths of the prompt, in trained lengths; between them it follows their logarithm
+MASSES = {
+    "fast": ((1.0, 0.93), (1.0, 0.85), (16.0, 0.35)),
+    "balanced": ((8.0, 0.93), (16.0, 0.85)),
+    "careful": ((8.0, 0.97), (16.0, 0.93)),
+}
+FAR, NEAR = 16, 96  # at FAR trained lengths the nearest of NEAR blocks is kept always, before it fewer
 
 
 @dataclass(frozen=True)
 class Options:
-    """What block scores keep, instead of their own choice; None leaves the choice to the rule.
+    """What is kept: as much as a fidelity asks for, or one of the others in its place.
 
     Attributes
     ----------
+    fidelity : {"fast", "balanced", "careful"}
+        See `mass_of`.
     density : float, optional
         Share of the blocks; beside one of the others it is their limit.
     mass : float, optional
@@ -47,17 +53,25 @@ class Options:
     Raises
     ------
     TypeError, ValueError
-        One is no number above 0 and up to 1, or both a mass and a threshold are given.
+        One is no number above 0 and up to 1, there is no such fidelity, or two settings say how much is kept.
     """
 
+    fidelity: str = "balanced"
     density: float | None = None
     mass: float | None = None
     score_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self)[1:]:
             if (value := getattr(self, field.name)) is not None:
                 object.__setattr__(self, field.name, share(field.name, value))
+        if not isinstance(self.fidelity, str) or self.fidelity not in MASSES:
+            raise InvalidValue(f"fidelity must be one of {', '.join(MASSES)}, got {self.fidelity!r}")
+        if self.fixed and self.fidelity != "balanced":
+            raise InvalidValue(
+                f"fidelity={self.fidelity!r} is given beside density, mass or score_threshold, which replace it: leave "
+                "one out"
+            )
         if self.mass is not None and self.score_threshold is not None:
             raise InvalidValue(
                 "mass and score_threshold are given: a head's budget follows one of them, leave the other out"
@@ -66,38 +80,55 @@ class Options:
     @property
     def fixed(self) -> bool:
         """Whether the user says what is kept, so that budgets are not steered unless a recall is asked for."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return any(getattr(self, field.name) is not None for field in fields(self)[1:])
 
 
 def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
-    """Keep the best blocks until their scores are a share of the sum, a tile and a head at a time: `default_mass`.
+    """`best_blocks` by `scores`."""
+    return best_blocks(view, view.once("scores", lambda: scores(view)), budget, prompt)
+
+
+def best_blocks(view: SpanView, estimates: torch.Tensor, budget: torch.Tensor, prompt: Prompt) -> Selection:
+    """Keep the best blocks until their scores are a share of the sum, a tile and a head at a time: `mass_of`.
 
     Such a share gives every tile the number of blocks it needs. With a density, mass or threshold in the settings,
     that instead. A budget of b divides what a mass leaves out and a threshold by b, and multiplies a density by it.
     The blocks before a tile are kept always, see `window`.
+
+    Parameters
+    ----------
+    view : SpanView
+    estimates : torch.Tensor
+        Scores of shape (batch, heads, tiles, blocks), not negative.
+    budget : torch.Tensor
+        Shape (heads,), float32.
+    prompt : Prompt
     """
     options, times, budget = prompt.options, prompt.times_trained, budget[:, None]
-    mass = options.mass if options.fixed else default_mass(times)
+    mass = options.mass if options.fixed else mass_of(options.fidelity, times)
     by: By = "threshold" if mass is None else "mass"
     amount = (options.score_threshold or 0.0) / budget if mass is None else 1 - (1 - mass) / budget
     most = None
     if options.density is not None:
         most = (options.density * budget * view.tiles.visible).ceil().to(torch.int32)
-    estimates = view.once("scores", lambda: scores(view))
-    kept = keep(estimates, view.tiles, amount, by=by, most=most, sink=SINK, window=window(view.tiles, times))
-    return Selection(kept)
+    return Selection(keep(estimates, view.tiles, amount, by=by, most=most, sink=SINK, window=window(view.tiles, times)))
 
 
-def default_mass(times: float) -> float:
-    """Share of the scored mass kept on a prompt `times` as long as the model was trained to attend.
+def mass_of(fidelity: str, times: float) -> float:
+    """Share of the scored mass that is kept on a prompt `times` as long as the model was trained to attend.
 
-    Within the trained length attention is worth keeping. Beyond it ever more of it spreads over keys at distances that
-    the model never learned to tell apart: on Qwen2.5 it costs blocks and, from 16 times that length on, likelihood.
+    Up to eight times the trained length "balanced" keeps as much as retrieval needs; "careful" halves what is left
+    out. Beyond it attention spreads over keys at distances that the model never learned to tell apart, and keeping
+    less costs no likelihood. "fast" gives up retrieval of one key among thousands for blocks from the trained length
+    on.
     """
-    if times <= 1:
-        return MASS
-    first, last = FAR_MASS
-    return first + (last - first) * min(math.log(times, FAR), 1.0)
+    points = MASSES[fidelity]
+    if times <= points[0][0]:
+        return points[0][1]
+    for (start, first), (stop, last) in pairwise(points):
+        if start < times <= stop:
+            return first + (last - first) * math.log(times / start) / math.log(stop / start)
+    return points[-1][1]
 
 
 def window(tiles: Tiles, times: float) -> torch.Tensor:
@@ -136,11 +167,14 @@ def scores(view: SpanView) -> torch.Tensor:
 
 
 def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-    """Means of neighbouring queries, shape (batch, tiles * POOLED_ROWS, heads, head_dim); the last query fills up."""
+    """Means of neighbouring queries, shape (batch, tiles * POOLED_ROWS, heads, head_dim)."""
+    return in_tiles(q, tiles).unflatten(1, (-1, tiles.size // POOLED_ROWS)).mean(dim=2)
+
+
+def in_tiles(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """Queries of whole tiles, shape (batch, tiles * size, heads, head_dim): the last query fills the last tile up."""
     missing = len(tiles.starts) * tiles.size - q.shape[1]
-    if missing:
-        q = torch.cat((q, q[:, -1:].expand(-1, missing, -1, -1)), dim=1)
-    return q.unflatten(1, (-1, tiles.size // POOLED_ROWS)).mean(dim=2)
+    return torch.cat((q, q[:, -1:].expand(-1, missing, -1, -1)), dim=1) if missing else q
 
 
 RULE = Rule(select, start=1.0, lowest=1.0, highest=8.0, recall_target=0.1)
