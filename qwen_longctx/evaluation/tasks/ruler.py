@@ -31,6 +31,7 @@ from qwen_longctx.evaluation.task import Reader, Sample, Task
 from qwen_longctx.evaluation.tasks import ruler_sources as sources
 
 _SHORT = 4096  # below it lm-eval takes finer steps
+_HOLDS_ANY = 65536  # tokens that hold the smallest sample of every task and question, whatever the tokenizer
 
 
 class Request(NamedTuple):
@@ -38,7 +39,7 @@ class Request(NamedTuple):
 
     reader: Reader
     length: int
-    index: int
+    number: int
     seed: int
 
 
@@ -61,7 +62,7 @@ class Kind(NamedTuple):
     sizes: Callable[[Request], Sizes]
 
 
-def samples(kind: Kind, reader: Reader, length: int, count: int, seed: int) -> Iterator[Sample]:
+def samples(name: str, reader: Reader, length: int, count: int, seed: int) -> Iterator[Sample]:
     """`count` samples of at most `length` tokens; those of a smaller count are the first of a larger one.
 
     Raises
@@ -71,15 +72,22 @@ def samples(kind: Kind, reader: Reader, length: int, count: int, seed: int) -> I
     MissingPackage
         lm-eval or the texts are not installed; before the first sample.
     """
-    source = random.Random(seed)
-    requests = [Request(reader, length, index, source.getrandbits(32)) for index in range(count)]
-    for at, request in enumerate(requests):
-        # Questions differ in what they need, by far less than this factor
-        if _tokens(kind, request, 0)[1] > length:
-            raise _too_short(kind, request)
-        if at == 0 and _tokens(kind, request, 0)[1] < length / 16:
-            break
+    kind, source = _KINDS[name], random.Random(f"{name} {seed}")
+    requests = [Request(reader, length, number, source.getrandbits(32)) for number in range(count)]
+    least = max((_least_length(kind, request) for request in requests), default=0)
+    if least > length:
+        raise InvalidValue(f"length must be at least {least} tokens for ruler_{name} and this tokenizer, got {length}")
     return _largest(kind, requests)
+
+
+def _least_length(kind: Kind, request: Request) -> int:
+    """The length of the request, or the least one above it that holds the smallest sample."""
+    length = request.length
+    if length >= _HOLDS_ANY:
+        return length
+    while (needed := _tokens(kind, request._replace(length=length), 0)[1]) > length:
+        length = needed  # the smallest sample grows with the length where words are counted
+    return length
 
 
 def _largest(kind: Kind, requests: Sequence[Request]) -> Iterator[Sample]:
@@ -88,15 +96,13 @@ def _largest(kind: Kind, requests: Sequence[Request]) -> Iterator[Sample]:
     for request in requests:
         if rank < 0:
             rank, sample = _search(kind, request)
-            yield sample
-            continue
-        for fewer in range(rank, -1, -1):
-            sample, tokens = _tokens(kind, request, fewer)
-            if tokens <= request.length:
-                yield sample
-                break
         else:
-            raise _too_short(kind, request)
+            sample = next(
+                sample
+                for sample, tokens in (_tokens(kind, request, fewer) for fewer in range(rank, -1, -1))
+                if tokens <= request.length
+            )
+        yield sample
 
 
 def _tokens(kind: Kind, request: Request, rank: int) -> tuple[Sample, int]:
@@ -126,14 +132,6 @@ def _search(kind: Kind, request: Request) -> tuple[int, Sample]:
             high = guess
         tries += 1
     return low, best
-
-
-def _too_short(kind: Kind, request: Request) -> InvalidValue:
-    """Says the least length; what a sample needs may itself depend on the length, so that it is approached."""
-    least = request.length
-    while (needed := _tokens(kind, request._replace(length=least), 0)[1]) > least:
-        least = needed
-    return InvalidValue(f"length must be at least {least} tokens for this task and tokenizer, got {request.length}")
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -226,7 +224,7 @@ def _frequent_words(request: Request, size: int) -> Sample:
         request.length,
         lambda text: SimpleNamespace(input_ids=()),  # lm-eval would shorten the text by its own count
         num_words=size,
-        vocab_size=request.length // 50,
+        vocab_size=max(4, request.length // 50),
     )
     prefix = module.CONFIG["answer_prefix"]
     return Sample(text[: text.rindex(prefix)].strip(), " " + _listed(words), tuple(words), prefix.strip(), 50)
@@ -236,7 +234,7 @@ def _question(dataset: str) -> Kind:
     """The question of this number in ``"squad"`` or ``"hotpotqa"``, among documents most of which do not answer it."""
 
     def question(request: Request) -> int:
-        return request.index % len(sources.questions(dataset)[0])
+        return request.number % len(sources.questions(dataset)[0])
 
     def draw(request: Request, size: int) -> Sample:
         module = sources.lm_eval("qa_utils")
@@ -281,6 +279,6 @@ _KINDS = {
 }
 
 TASKS = tuple(
-    Task(f"ruler_{name}", partial(samples, kind), score_part if name.startswith("qa") else score_all)
-    for name, kind in _KINDS.items()
+    Task(f"ruler_{name}", partial(samples, name), score_part if name.startswith("qa_") else score_all)
+    for name in _KINDS
 )

@@ -16,7 +16,6 @@ from importlib import import_module, metadata, resources
 from io import StringIO
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from packaging.version import Version
 
@@ -32,6 +31,7 @@ _BORDER = re.compile(
 )
 
 
+@cache
 def lm_eval(name: str) -> ModuleType:
     """A module of ``lm_eval.tasks.ruler``.
 
@@ -44,24 +44,30 @@ def lm_eval(name: str) -> ModuleType:
         version = metadata.version("lm_eval")
         if Version(version) < Version(LM_EVAL):
             raise ImportError(f"lm-eval {version} is installed")
-        return _quiet_import(f"lm_eval.tasks.ruler.{name}")
+        with _random_state_kept():
+            nltk = import_module("nltk")
+            # The import of lm-eval's tasks begins a download of sentence data, which are not used; see `sentences`
+            with _replaced(nltk, "download", lambda *args: False), redirect_stdout(StringIO()):
+                return import_module(f"lm_eval.tasks.ruler.{name}")
     except ImportError as error:
         raise MissingPackage(
-            f'RULER needs lm-eval {LM_EVAL} or newer with its "ruler" extra ({error}): '
-            'pip install "qwen-longctx[eval]"'
+            f'RULER needs lm-eval {LM_EVAL} or newer with its "ruler" extra ({error}): pip install "qwen-longctx[eval]"'
         ) from error
 
 
-@cache
-def _quiet_import(name: str) -> ModuleType:
-    """Import without the download of sentence data that the import of lm-eval's tasks begins; see `sentences`."""
-    nltk = import_module("nltk")
-    with _state_kept(), mock.patch.object(nltk, "download", return_value=False), redirect_stdout(StringIO()):
-        return import_module(name)
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Let a name of a module stand for another object."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @contextmanager
-def _state_kept() -> Iterator[None]:
+def _random_state_kept() -> Iterator[None]:
     """Put the global random states of Python and NumPy back."""
     import numpy
 
@@ -86,7 +92,7 @@ def seeded(seed: int) -> Iterator[None]:
 
     shuffles = lm_eval("cwe_utils").RNG
     kept = shuffles.getstate()
-    with _state_kept():
+    with _random_state_kept():
         random.seed(seed)
         numpy.random.seed(seed)
         shuffles.seed(seed)
@@ -96,7 +102,7 @@ def seeded(seed: int) -> Iterator[None]:
             shuffles.setstate(kept)
 
 
-@lru_cache(maxsize=1)  # every sample of one length asks for the same text
+@lru_cache(maxsize=1)  # samples of one length have the same text
 def sentences(text: str) -> list[str]:
     """Split English text at the ends of sentences, by punctuation."""
     return _BORDER.split(text)
@@ -105,7 +111,7 @@ def sentences(text: str) -> list[str]:
 @contextmanager
 def own_sentences() -> Iterator[None]:
     """Let lm-eval place needles between `sentences`: NLTK's splitter needs data that has to be downloaded."""
-    with mock.patch.object(lm_eval("prepare_niah"), "cached_sent_tokenize", sentences):
+    with _replaced(lm_eval("prepare_niah"), "cached_sent_tokenize", sentences):
         yield
 
 
@@ -118,7 +124,7 @@ def more_words(count: int) -> Iterator[None]:
     module = lm_eval("cwe_utils")
     missing = max(0, count - len(module.WORDS))
     compounds = random.Random(0).sample(lm_eval("prepare_niah").WORDS, missing) if missing else []
-    with mock.patch.object(module, "WORDS", module.WORDS + compounds):
+    with _replaced(module, "WORDS", module.WORDS + compounds):
         yield
 
 
@@ -143,7 +149,7 @@ def questions(dataset: str) -> tuple[list[dict[str, Any]], list[str]]:
     """
     module = lm_eval("qa_utils")
     read = getattr(module, f"read_{dataset}").__wrapped__  # its cache belongs to what lm-eval downloads
-    with mock.patch.object(module, "download_json", lambda url: _nvidia(dataset)):
+    with _replaced(module, "download_json", lambda url: _nvidia(dataset)):
         return read()
 
 
