@@ -92,17 +92,12 @@ def _least_length(kind: Kind, request: Request) -> int:
 
 def _largest(kind: Kind, requests: Sequence[Request]) -> Iterator[Sample]:
     """Samples with as much text as fits into the first, and less where another does not take it."""
-    rank = -1
-    for request in requests:
-        if rank < 0:
-            rank, sample = _search(kind, request)
-        else:
-            sample = next(
-                sample
-                for sample, tokens in (_tokens(kind, request, fewer) for fewer in range(rank, -1, -1))
-                if tokens <= request.length
-            )
+    for request in requests[:1]:
+        rank, sample = _search(kind, request)
         yield sample
+    for request in requests[1:]:
+        tried = (_tokens(kind, request, fewer) for fewer in range(rank, -1, -1))
+        yield next(sample for sample, tokens in tried if tokens <= request.length)
 
 
 def _tokens(kind: Kind, request: Request, rank: int) -> tuple[Sample, int]:
@@ -115,22 +110,20 @@ def _tokens(kind: Kind, request: Request, rank: int) -> tuple[Sample, int]:
 
 def _search(kind: Kind, request: Request) -> tuple[int, Sample]:
     """The highest rank that fits and its sample: tokens grow almost evenly, so that few have to be counted."""
-    low, high = 0, None
-    best, tokens = _tokens(kind, request, 0)
-    each = tokens / kind.sizes(request).at(0) * kind.sizes(request).step
-    tries = 0
-    while high is None or high - low > 1:
-        ahead = int((request.length - tokens) / max(each, 1))
-        if high is not None and tries > 6:  # far from even: halve
-            ahead = (high - low) // 2
-        guess = low + max(1, ahead if high is None else min(ahead, high - low - 1))
+    sizes = kind.sizes(request)
+    low, high = 0, request.length // sizes.step + 1  # no amount has more parts than tokens
+    best, tokens = _tokens(kind, request, low)
+    each = tokens / sizes.at(low)
+    while high - low > 1:
+        guess = low + int((request.length - tokens) / max(each * sizes.step, 1))
+        guess = min(max(guess, low + 1), high - 1)
         sample, counted = _tokens(kind, request, guess)
-        each = (counted - tokens) / (guess - low)
+        if sizes.at(guess) > sizes.at(low):
+            each = (counted - tokens) / (sizes.at(guess) - sizes.at(low))
         if counted <= request.length:
             low, best, tokens = guess, sample, counted
         else:
             high = guess
-        tries += 1
     return low, best
 
 
