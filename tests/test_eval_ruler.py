@@ -235,6 +235,20 @@ def test_search_finds_what_a_walk_finds(growth, step, least, data):
     assert len(sample.prompt) == tokens(max(least, rank * step))
 
 
+def test_search_counts_few():
+    """A million tokens of text that grows evenly are found by a handful of samples, not by the walk's thousands."""
+    drawn = []
+
+    def draw(request, size):
+        drawn.append(size)
+        return Sample((0,) * (200 + 21 * size), ())
+
+    kind = ruler.Kind(draw, lambda request: ruler.Sizes(1, 25))
+    rank, _ = ruler._search(kind, ruler.Request(Reader(None), 10**6, 0, 0))
+    assert rank == (10**6 - 200) // 21 // 25
+    assert len(drawn) <= 5
+
+
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, CHAT], ids=["plain", "chat"])
 @pytest.mark.parametrize("name", ALL)
 def test_whole_request_fits(name, tokenizer):
