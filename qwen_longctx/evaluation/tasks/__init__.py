@@ -15,7 +15,7 @@ from types import ModuleType
 from qwen_longctx.errors import InvalidValue, MissingFile
 from qwen_longctx.evaluation.task import Task
 
-FILES: tuple[str, ...] = ("aa_lcr", "graphwalks", "infinitebench", "needles", "texts")
+FILES: tuple[str, ...] = ("ruler", "aa_lcr", "graphwalks", "infinitebench", "needles", "texts")
 
 
 def find(names: Sequence[str], judge: Callable[[str], str] | None = None) -> list[Task]:
