@@ -23,7 +23,7 @@ from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main, options
 from qwen_longctx.config import SPARSE
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation import files, passkey, quality
+from qwen_longctx.evaluation import files, modes, passkey, quality
 from qwen_longctx.evaluation.environment import write_results
 
 COMMANDS = [module.__name__.rpartition(".")[2] for module in cli._COMMANDS]
@@ -283,7 +283,7 @@ def test_weights_on_disk(tmp_path):
     ids = passkey.prompt(tokenizer, 300, 0.5, "12345")
     with patched_qwen(model):
         assert passkey.ask(model, tokenizer, 300, 0.5, "12345").correct
-    assert [row["variant"] for row in quality.evaluate(model, tokenizer, ids, [quality.variant("off")])] == [
+    assert [row["variant"] for row in quality.evaluate(model, tokenizer, ids, [modes.variant("off")])] == [
         "dense",
         "off",
     ]
