@@ -18,29 +18,7 @@ from safetensors.torch import load_file, save_file
 from qwen_longctx.cli import BUNDLED, checkpoint, main
 from qwen_longctx.evaluation import results, runner
 
-TASK = '''
-"""Passkeys, as a stranger would write them."""
-
-import random
-
-from qwen_longctx.evaluation import passkey
-from qwen_longctx.evaluation.task import Sample, Task
-
-
-def samples(reader, length, count, seed):
-    source = random.Random(seed)
-    for _ in range(count):
-        key = passkey.random_key(source)
-        ids = passkey.prompt(reader.tokenizer, length - 8 - source.randrange(4), source.random(), key)
-        yield Sample(tuple(ids[0].tolist()), " " + key, (key,), new_tokens=8)
-
-
-def score(sample, answer):
-    return float(passkey.is_correct(answer, sample.answers[0]))
-
-
-TASKS = (Task("own_keys", samples, score), Task("own_likelihood", samples))
-'''
+TASK = Path(__file__).with_name("eval_tasks.py").read_text()
 
 
 @pytest.fixture(autouse=True)

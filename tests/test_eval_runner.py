@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import tiny_model
 from qwen_longctx import LongContextConfig, patch_qwen, patched_qwen, unpatch_qwen
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, PatchConflict, Unsupported
-from qwen_longctx.evaluation import modes, passkey, runner, samples, yarn
+from qwen_longctx.evaluation import modes, passkey, runner, samples, tasks, yarn
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
 EVERYTHING = "block_scores:density=1,kernel=reference,sparse_attention_threshold=64,block_size=32"
@@ -458,3 +459,31 @@ def test_settings_of_a_mode_are_those_of_the_patch():
     model = tiny_model()
     settings = modes.mode("dense:chunk_size=128").settings(model, model.config)
     assert settings == LongContextConfig.from_model_config(model.config, sparse="off", chunk_size=128)
+
+
+# --- documents ----------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documents_runs(tmp_path, checkpoint):
+    model, tokenizer = checkpoint
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "TASKS =" in block)
+    path = tmp_path / "last_order.py"
+    path.write_text(example)
+    rows = list(runner.evaluate(model, tokenizer, [str(path)], [512], ["dense"], count=2))
+    assert [row["task"] for row in rows] == ["last_order"] * 2
+    assert all(400 < row["tokens"] <= 508 and row["score"] in (0.0, 1.0) and row["nll"] > 0 for row in rows)
+    (task,) = tasks.find([str(path)])
+    sample = next(task.samples(Reader(tokenizer), 512, 1, 0))
+    assert sample.prompt.rindex("Order") == sample.prompt.index(f"Order: paint it {sample.answers[0]}.")
+    assert [task.score(sample, word) for word in (sample.target, " none", "red green")] == [1.0, 0.0, 0.0]
+    with pytest.raises(InvalidValue, match="length must be at least"):
+        next(task.samples(Reader(tokenizer), 60, 1, 0))
+
+
+def test_the_rows_of_the_documents_are_those_of_a_run():
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    section = text.partition("## Rows")[2].partition("## Sample files")[0]
+    shown = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
+    (row,) = runner.evaluate(tiny_model(), Letters(), [noise()], [64], ["stock"], count=1)
+    assert shown == list(row)

@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     about = results.about(args.model, config, args.dtype, store)
     earlier = results.read(args.output) if args.output is not None else {"rows": []}
     results.check_same(args.output, earlier, about)
+    summary.summarize(earlier["rows"], args.base)  # what could not be summed up in the end
     for task in found:
         for length in lengths:
             results.check_samples(args.output, earlier["rows"], store, task, length)

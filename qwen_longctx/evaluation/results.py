@@ -24,7 +24,7 @@ def about(name: str, config: Any, dtype: str, samples: Samples) -> dict[str, Any
     return {
         "model": Path(name).name,
         "dtype": dtype,
-        "trained_length": trained_length(config),
+        "trained_length": trained_length(config) if hasattr(config, "max_position_embeddings") else None,
         "samples": samples.count,
         "seed": samples.seed,
         "chat": samples.reader.chat,
@@ -99,9 +99,9 @@ def check_samples(
     ------
     InvalidValue
     """
-    now = [fingerprint(samples.reader, sample) for sample in samples.of(task, length)]
+    now = {index: fingerprint(samples.reader, sample) for index, sample in enumerate(samples.of(task, length))}
     for row in rows:
-        if (row["task"], row["length"]) == (task.name, length) and row["fingerprint"] != now[row["index"]]:
+        if (row["task"], row["length"]) == (task.name, length) and row["fingerprint"] != now.get(row["index"]):
             raise InvalidValue(
                 f"{path} has results of other samples of {task.name} at {length} tokens: name another file, or give "
                 "--samples-in the folder that it was made from"

@@ -275,7 +275,7 @@ def _tell_dense(model: Any, mode: Mode, lengths: Sequence[int]) -> None:
 
 
 def check(tasks: Sequence[Task], lengths: Sequence[int], count: int) -> None:
-    """Refuse an evaluation of nothing, and lengths or tasks that are given twice.
+    """Refuse an evaluation of nothing.
 
     Raises
     ------
@@ -333,8 +333,8 @@ def evaluate(
     InvalidValue, InvalidType, MissingFile, MissingPackage, PatchConflict
         Before the first run, unless samples cannot be built: those are built length by length.
     """
-    found = [one for task in tasks for one in (tasks_.find([task]) if isinstance(task, str) else [task])]
-    lengths = sorted(set(lengths))
+    named = [one for task in tasks for one in (tasks_.find([task]) if isinstance(task, str) else [task])]
+    found, lengths = list({task.name: task for task in named}.values()), sorted(set(lengths))
     check(found, lengths, count)
     if batch_tokens < 1:
         raise InvalidValue(f"batch_tokens must be at least 1, got {batch_tokens}")
