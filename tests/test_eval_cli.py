@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen_longctx.cli import BUNDLED, checkpoint, main
-from qwen_longctx.evaluation import results, runner
+from qwen_longctx.cli import eval as cli_eval
+from qwen_longctx.evaluation import modes, results, runner, summary
 
 TASK = Path(__file__).with_name("eval_tasks.py").read_text()
 
@@ -261,3 +263,12 @@ def test_plot_draws_and_prints_results(folder, capsys):
     assert "of one of them only" in capsys.readouterr().err
     assert main(["plot", "out.json", "out.json", "--output", "out.png"]) == 2
     assert "two rows are of sample 0" in capsys.readouterr().err
+
+
+def test_defaults_are_those_of_the_library():
+    """They are written down twice, so that help need not import the library."""
+    parser = argparse.ArgumentParser()
+    cli_eval.add_arguments(parser)
+    found = parser.parse_args(["--model", "m", "--tasks", "t", "--lengths", "1"])
+    assert tuple(found.modes) == modes.DEFAULT_MODES and found.base == summary.BASE
+    assert (found.samples, found.batch_tokens) == (runner.COUNT, runner.BATCH_TOKENS)
