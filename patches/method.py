@@ -271,6 +271,11 @@ def stock_function(attribute: Any) -> Callable[..., Any]:
     return patched.stock if patched is not None else getattr(attribute, "__func__", attribute)
 
 
+def cache_argument(cache: Any) -> dict[str, Any]:
+    """A cache as a keyword argument of a forward or of generate, by the name that this transformers has for it."""
+    return {"cache" if _RENAMED else OLD_NAME: cache}
+
+
 def cache_of(outputs: Any) -> Any:
     """The cache in the outputs of a model."""
     return outputs.cache if "cache" in type(outputs).__dataclass_fields__ else outputs.past_key_values

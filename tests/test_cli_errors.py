@@ -23,7 +23,7 @@ from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main, options
 from qwen_longctx.config import SPARSE
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation import files, passkey, quality
+from qwen_longctx.evaluation import files, modes, passkey, quality
 from qwen_longctx.evaluation.environment import write_results
 
 COMMANDS = [module.__name__.rpartition(".")[2] for module in cli._COMMANDS]
@@ -283,7 +283,7 @@ def test_weights_on_disk(tmp_path):
     ids = passkey.prompt(tokenizer, 300, 0.5, "12345")
     with patched_qwen(model):
         assert passkey.ask(model, tokenizer, 300, 0.5, "12345").correct
-    assert [row["variant"] for row in quality.evaluate(model, tokenizer, ids, [quality.variant("off")])] == [
+    assert [row["variant"] for row in quality.evaluate(model, tokenizer, ids, [modes.variant("off")])] == [
         "dense",
         "off",
     ]
@@ -410,6 +410,7 @@ def outputs(tmp_path):
         ["demo"],
         ["passkey", *B, "--lengths", "256"],
         ["quality", *B, "--lengths", "512", "--judged", "9"],
+        ["eval", *B, "--lengths", "256", "--tasks", "none"],
         ["calibrate", *B, "--lengths", "600"],
         ["bench", "stock", "--tiny"],
         ["plot", "nothing.json"],
@@ -581,6 +582,7 @@ VARIANTS = ["off", "auto", "block_scores", "vertical_slash", "fast", "", ":", "b
 VARIANTS += ["block_scores:density=0.5", "block_scores:density=5", "block_scores:mass=0.5,score_threshold=0.5"]
 VARIANTS += ["block_scores:sparse_attention_threshold=9", "vertical_slash:density=0.1", "block_scores:block_size=33"]
 VARIANTS += ["block_scores:chunk_size=64,local_size=32", "auto:kernel=1", "block_scores:last_q=²", "off:sparse=1"]
+TASKS = str(Path(__file__).with_name("eval_tasks.py"))
 MODELS = [str(BUNDLED)] * 6 + ["no/such/folder", "", str(BUNDLED / "config.json")]
 OPTIONS = {
     "passkey": {
@@ -601,6 +603,19 @@ OPTIONS = {
         "--judged": COUNTS,
         "--depths": SHARES,
         "--packages": ["qwen_longctx", "qwen_longctx", "json", "no_such", "a.b", "", "os"],
+        "--dtype": ["float32", "bfloat16", "int8"],
+    },
+    "eval": {
+        "--model": MODELS,
+        "--tasks": [TASKS, TASKS, "no_such", "", "nowhere.py"],
+        "--lengths": COUNTS,
+        "--modes": ["stock", "yarn", "dense", "yarn:factor=x", "stock:x=1", *VARIANTS],
+        "--samples": ["1", "2", "0", "x"],
+        "--seed": ["0", "-3", "x"],
+        "--chat": ["auto", "on", "off", "x"],
+        "--batch-tokens": COUNTS,
+        "--base": ["stock", "dense", ""],
+        "--prepare": None,
         "--dtype": ["float32", "bfloat16", "int8"],
     },
     "calibrate": {
@@ -625,6 +640,9 @@ OPTIONS = {
 }
 
 
+SEVERAL = ("--lengths", "--depths", "--variants", "--packages", "--modes")
+
+
 def random_command(source, folder):
     """Any arguments of any command: each option as likely left out as not, some of several values."""
     name = source.choice(list(OPTIONS))
@@ -634,9 +652,11 @@ def random_command(source, folder):
     if name == "plot":
         words += source.choice([[str(BUNDLED / "config.json")], ["nothing.json"], [str(folder)]])
     for option, values in OPTIONS[name].items():
-        needed = option in ("--model", "--lengths", "--tokens")
+        needed = option in ("--model", "--lengths", "--tokens", "--tasks")
         if source.random() < (0.97 if needed else 0.35):
-            several = option in ("--lengths", "--depths", "--variants", "--packages") and source.random() < 0.3
+            several = (
+                option in ("--lengths", "--depths", "--variants", "--packages", "--modes") and source.random() < 0.3
+            )
             words += [option, *([] if values is None else source.choices(values, k=2 if several else 1))]
     if name == "calibrate" or (name not in ("plan", "doctor", "plot") and source.random() < 0.3):
         words += ["--output", source.choice([str(folder / "out.json"), str(folder), ""])]

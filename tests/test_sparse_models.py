@@ -17,7 +17,7 @@ from qwen_longctx import LongContextCache, LongContextConfig, ops, patch_qwen, p
 from qwen_longctx.checkpoint import Heads
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import MissingFile, NotFinite
-from qwen_longctx.evaluation import corpus, passkey, plots, quality
+from qwen_longctx.evaluation import corpus, modes, passkey, plots, quality
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import mean_keys
 from qwen_longctx.sparsity import SparseState, budgets, request
@@ -502,15 +502,15 @@ def test_source_code_is_real_text_of_exact_length():
 
 
 def test_variants():
-    assert quality.variant("vertical_slash") == ("vertical_slash", {"sparse": "vertical_slash"})
-    found = quality.variant("block_scores:density=0.1,last_q=32")
+    assert modes.variant("vertical_slash") == ("vertical_slash", {"sparse": "vertical_slash"})
+    found = modes.variant("block_scores:density=0.1,last_q=32")
     assert found.overrides == {"sparse": "block_scores", "density": 0.1, "last_q": 32}
-    words = quality.variant("off:attention_temperature=position,kernel=auto").overrides
+    words = modes.variant("off:attention_temperature=position,kernel=auto").overrides
     assert words == {"sparse": "off", "attention_temperature": "position", "kernel": "auto"}
-    assert quality.variant("off:attention_temperature=false").overrides["attention_temperature"] is False
+    assert modes.variant("off:attention_temperature=false").overrides["attention_temperature"] is False
     for text in ("block_scores:density", "block_scores:density="):
         with pytest.raises(ValueError, match="a variant reads RULE"):
-            quality.variant(text)
+            modes.variant(text)
 
 
 def test_quality_command(tmp_path):

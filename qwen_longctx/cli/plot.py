@@ -1,4 +1,4 @@
-"""Picture of results of quality, or of bench speed."""
+"""Picture of results of quality, of eval, or of bench speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
         raise MissingPackage("plot needs matplotlib, which is not installed: pip install matplotlib")
     from matplotlib.figure import Figure
 
-    from qwen_longctx.evaluation import plots
+    from qwen_longctx.evaluation import plots, summary
     from qwen_longctx.evaluation.files import check_writable, replacing
 
     check_writable(args.output)
@@ -31,13 +31,22 @@ def run(args: argparse.Namespace) -> None:
     if kind not in known:
         raise InvalidValue(f"--output must end in the format of the picture, got {args.output!r}: {', '.join(known)}")
     rows = [row for path in args.results for row in _rows(path)]
-    for drawing, key in ((plots.quality_by_density, "variant"), (plots.time_by_length, "sparse_seconds")):
+    drawings = {
+        "variant": plots.quality_by_density,
+        "sparse_seconds": plots.time_by_length,
+        "mode": plots.figures_by_length,
+    }
+    for key, drawing in drawings.items():
         if rows and all(key in row for row in rows):
             with replacing(args.output) as fresh:
                 drawing(rows).savefig(fresh, dpi=100, format=kind)
+            if key == "mode":
+                print(summary.table(summary.summarize(rows)))
             print(f"written to {args.output}")
             return
-    raise InvalidValue(f"{', '.join(args.results)}: give files of quality, or of bench speed, not of both or others")
+    raise InvalidValue(
+        f"{', '.join(args.results)}: give files of quality, or of bench speed, or of eval, and of one of them only"
+    )
 
 
 def _rows(path: str) -> list[dict[str, Any]]:

@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure every variant on every text, a row each."""
     from qwen_longctx.cli import checkpoint
-    from qwen_longctx.evaluation import corpus, passkey, quality
+    from qwen_longctx.evaluation import corpus, modes, passkey, quality
     from qwen_longctx.evaluation.environment import write_results
     from qwen_longctx.evaluation.files import check_writable
 
     if args.output is not None:
         check_writable(args.output)
     lengths = sorted(set(args.lengths))
-    variants = [quality.variant(text) for text in args.variants or quality.DEFAULT_VARIANTS]
+    variants = [modes.variant(text) for text in args.variants or quality.DEFAULT_VARIANTS]
     packages = args.packages or [corpus.PACKAGE]
     config = checkpoint.load_config(args.model)
     quality.check(config, lengths[0], variants, args.judged, args.depths)

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from qwen_longctx.errors import InvalidValue
+from qwen_longctx.evaluation import summary
 
 
 def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length: int) -> Any:
@@ -128,6 +129,50 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_xlabel("prompt length, tokens")
     axes.set_ylabel("seconds to the first token")
     axes.legend()
+    return figure
+
+
+def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Score and negative log-likelihood against prompt length, a line for each mode with its 95 % intervals.
+
+    There is a column for each group of tasks and for each task that belongs to no group.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `runner.evaluate` gives them.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidValue
+        See `summary.summarize`.
+    """
+    from matplotlib.figure import Figure
+
+    lines = summary.summarize(rows)
+    columns = summary.top_level(lines)
+    figure = Figure(figsize=(4.5 * len(columns), 6), layout="constrained")
+    axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+    modes = list(dict.fromkeys(line.mode for line in lines))
+    for column, name in enumerate(columns):
+        for number, mode in enumerate(modes):
+            here = [line for line in lines if (line.task, line.mode) == (name, mode)]
+            for axis, figure_of in zip(axes[:, column], summary.FIGURES, strict=True):
+                points = [(x.length, e.mean, e.half or 0) for x in here if (e := getattr(x, figure_of)) is not None]
+                if points:
+                    x, y, half = zip(*points, strict=True)
+                    axis.errorbar(x, y, yerr=half, color=f"C{number}", marker="o", capsize=3, label=mode)
+        axes[0, column].set_title(name)
+        axes[1, column].set_xscale("log", base=2)
+        axes[1, column].set_xlabel("prompt length, tokens")
+    axes[0, 0].set_ylabel("score")
+    axes[1, 0].set_ylabel("NLL, nats a token")
+    handles = {text: line for a in axes.flat for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -14,14 +14,14 @@ import torch
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, patches, sparsity
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, sparsity
 from qwen_longctx.checkpoint import head_dim
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import passkey
+from qwen_longctx.evaluation.modes import Variant, settings_in_place
 
 JUDGED = 8192  # tokens at the end of the text, where it has twice as many
 _ROWS_AT_A_TIME = 256  # of float32 logits over the vocabulary
-_OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", "density", "mass", "score_threshold"}
 
 DEFAULT_VARIANTS = (
     "block_scores",
@@ -38,42 +38,6 @@ DEFAULT_VARIANTS = (
     "vertical_slash",
     "vertical_slash:recall_target=0.9",
 )
-
-
-class Variant(NamedTuple):
-    """A rule and its settings."""
-
-    name: str
-    overrides: dict[str, Any]
-
-
-def variant(text: str) -> Variant:
-    """Read ``rule`` or ``rule:setting=value,…``; a value is a number, true, false, or a word.
-
-    Raises
-    ------
-    InvalidValue
-        The text is not of this form. The settings themselves are checked by `LongContextConfig`.
-    """
-    rule, _, rest = text.partition(":")
-    overrides: dict[str, Any] = {"sparse": rule}
-    for item in filter(None, rest.split(",")):
-        key, _, value = item.partition("=")
-        if not value:
-            raise InvalidValue(f"a variant reads RULE or RULE:SETTING=VALUE,…, got {text!r}")
-        overrides[key] = _value(value)
-    return Variant(text, overrides)
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 class Judged(NamedTuple):
@@ -174,7 +138,7 @@ def evaluate(
     vocabulary = model.config.vocab_size
     passkey.check_tokens(ids, vocabulary)
     tokens = ids.shape[1]
-    base = _settings_in_place(model)
+    base = settings_in_place(model)
     variants = [Variant(name, {**base, **overrides}) for name, overrides in variants]
     check(model.config, tokens, variants, judged, depths)
     if depths:
@@ -202,12 +166,6 @@ def evaluate(
                 row["passkey_answers"] = {str(r.depth): r.answer for r in records}
             yield row
             bar.update()
-
-
-def _settings_in_place(model: Any) -> dict[str, Any]:
-    """Overrides of the patch of a model or of its class, without those that a variant is about."""
-    in_place = patches.current_overrides(model) or patches.current_overrides(None) or {}
-    return {name: value for name, value in in_place.items() if name not in _OF_VARIANTS}
 
 
 def _figures(run: Judged, truth: Judged) -> dict[str, float]:

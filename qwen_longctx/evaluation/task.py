@@ -92,6 +92,7 @@ class Task:
         arguments only. Raises `InvalidValue` where `length` is too short, `MissingPackage` where texts are not there.
     score : callable, optional
         ``score(sample, answer)``: 0 (wrong) to 1 (right) for the generated text; None for tasks of likelihood only.
+        The prompt of the sample is token ids by then: samples are kept in files without their text.
     """
 
     name: str
