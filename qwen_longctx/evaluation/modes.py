@@ -6,19 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from qwen_longctx import LongContextConfig, patched_qwen, patches, sparsity
 from qwen_longctx.checkpoint import head_dim, trained_length
-from qwen_longctx.config import SPARSE
+from qwen_longctx.config import RULES, SPARSE
 from qwen_longctx.errors import InvalidValue, PatchConflict
 from qwen_longctx.evaluation import yarn
 
 DEFAULT_MODES = ("stock", "dense", "sparse")
 _PATCHED = {"dense": "off", "sparse": "auto"}  # what `sparse` of the settings is called here
-_OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", "density", "mass", "score_threshold"}
+_OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", *chain.from_iterable(RULES.values())}
 
 
 class Variant(NamedTuple):
