@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers import tiny_model
 from qwen_longctx import LongContextConfig, patch_qwen, patched_qwen, unpatch_qwen
 from qwen_longctx.cli import BUNDLED
-from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, PatchConflict, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, NotFinite, PatchConflict, Unsupported
 from qwen_longctx.evaluation import modes, passkey, runner, samples, tasks, yarn
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
@@ -161,6 +161,14 @@ def test_answers_end_at_the_end_token_and_checkpoints_do_not_penalise():
     ended = [row["answer"] for row in runner.evaluate(model, tokenizer, [task], [100], ["dense"], count=3)]
     cut = [text.split()[: text.split().index(str(end)) + 1 if str(end) in text.split() else None] for text in before]
     assert [text.split() for text in ended] == cut and len(cut[0]) <= 2
+
+
+def test_a_likelihood_that_is_no_number_ends_the_run():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NotFinite, match="the likelihood of a target is nan"):
+        next(runner.evaluate(model, Letters(), [noise()], [64], ["stock"], count=1))
 
 
 def test_samples_may_lack_a_target_or_an_answer():

@@ -7,11 +7,12 @@ A batch is prefilled once. Its cache gives the likelihood of the targets first; 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import LongContextCache
-from qwen_longctx.errors import InvalidValue
+from qwen_longctx.errors import InvalidValue, NotFinite
 from qwen_longctx.evaluation.modes import DEFAULT_MODES, Mode, check_modes, in_mode, mode_of
 from qwen_longctx.evaluation.passkey import input_device
 from qwen_longctx.evaluation.samples import Samples, check_vocabulary, fingerprint, reader_of
@@ -135,6 +136,10 @@ def _likelihood(head: Any, hidden: torch.Tensor, target: list[int]) -> tuple[flo
         wanted = wanted.to(logits.device)
         nll -= logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         right += int((logits.argmax(-1) == wanted).sum())
+    if not math.isfinite(nll):
+        raise NotFinite(
+            f"the likelihood of a target is {nll}: load the model in bfloat16 or float32, or copy the checkpoint anew"
+        )
     return nll / len(target), right == len(target)
 
 
@@ -238,21 +243,20 @@ def batches(
         _tell_dense(model, mode, lengths)
     total = len(tasks) * sum(lengths) * len(modes) * samples.count
     with transformers_logging.tqdm(total=total, desc="Evaluation", unit="tok", unit_scale=True) as bar:
-        for task in tasks:
-            for length in sorted(lengths):
-                found = samples.of(task, length)
-                check_vocabulary(found, samples.reader, model.config.vocab_size, task.name)
-                for mode in modes:
-                    size = rows_together(model, mode, length, batch_tokens)
-                    for start in range(0, len(found), size):
-                        every = range(start, min(start + size, len(found)))
-                        todo = [n for n in every if (task.name, length, n, mode.name) not in done]
-                        if todo:
-                            with in_mode(model, mode, length):
-                                rows = run(model, samples.reader, task, mode, [found[n] for n in todo])
-                            heads = [{"task": task.name, "length": length, "index": n, "mode": mode.name} for n in todo]
-                            yield [{**head, **row} for head, row in zip(heads, rows, strict=True)]
-                        bar.update(length * len(every))
+        for task, length in product(tasks, sorted(lengths)):
+            found = samples.of(task, length)
+            check_vocabulary(found, samples.reader, model.config.vocab_size, task.name)
+            for mode in modes:
+                size = rows_together(model, mode, length, batch_tokens)
+                for start in range(0, len(found), size):
+                    numbers = range(start, min(start + size, len(found)))
+                    heads = [{"task": task.name, "length": length, "index": n, "mode": mode.name} for n in numbers]
+                    heads = [head for head in heads if key_of(head) not in done]
+                    if heads:
+                        with in_mode(model, mode, length):
+                            rows = run(model, samples.reader, task, mode, [found[head["index"]] for head in heads])
+                        yield [{**head, **row} for head, row in zip(heads, rows, strict=True)]
+                    bar.update(length * len(numbers))
 
 
 def _tell_dense(model: Any, mode: Mode, lengths: Sequence[int]) -> None:
@@ -330,6 +334,8 @@ def evaluate(
     ------
     InvalidValue, InvalidType, MissingFile, MissingPackage, PatchConflict
         Before the first run, unless samples cannot be built: those are built length by length.
+    NotFinite
+        The model computes what is no number.
     """
     named = [one for task in tasks for one in (find([task]) if isinstance(task, str) else [task])]
     found, lengths = list({task.name: task for task in named}.values()), sorted(set(lengths))
