@@ -250,7 +250,9 @@ def batches(
                 size = rows_together(model, mode, length, batch_tokens)
                 for start in range(0, len(found), size):
                     numbers = range(start, min(start + size, len(found)))
-                    heads = [{"task": task.name, "length": length, "index": n, "mode": mode.name} for n in numbers]
+                    heads: list[dict[str, Any]] = [
+                        {"task": task.name, "length": length, "index": n, "mode": mode.name} for n in numbers
+                    ]
                     heads = [head for head in heads if key_of(head) not in done]
                     if heads:
                         with in_mode(model, mode, length):
