@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from helpers import tiny_model
 from qwen_longctx import LongContextConfig, patch_qwen, patched_qwen, unpatch_qwen
 from qwen_longctx.cli import BUNDLED
-from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, PatchConflict, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, NotFinite, PatchConflict, Unsupported
 from qwen_longctx.evaluation import modes, passkey, runner, samples, tasks, yarn
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
@@ -90,7 +90,7 @@ def alone(model, tokenizer, sample, target, eos=None):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_rows_of_a_batch_are_those_of_a_row_alone(family, mode):
     model, tokenizer = tiny_model(family, torch.float64), Letters()
-    task, read = noise(spread=4), modes.mode(mode)
+    task, read = noise(spread=4), modes.mode_of(mode)
     rows = list(runner.evaluate(model, tokenizer, [task], [200], [mode], count=5, batch_tokens=800))
     found = samples.Samples(Reader(tokenizer), 5, 0).of(task, 200)
     assert [row["index"] for row in rows] == list(range(5)) and len({row["tokens"] for row in rows}) > 1
@@ -106,7 +106,7 @@ def test_rows_of_a_batch_are_those_of_a_row_alone(family, mode):
 @pytest.mark.parametrize("mode", ["stock", "dense", EVERYTHING])
 def test_answers_of_the_bundled_checkpoint(checkpoint, mode):
     model, tokenizer = checkpoint
-    read = modes.mode(mode)
+    read = modes.mode_of(mode)
     rows = list(runner.evaluate(model, tokenizer, [KEYS], [384], [mode], count=2))
     for row, sample in zip(rows, samples.Samples(Reader(tokenizer), 2, 0).of(KEYS, 384), strict=True):
         target = list(tokenizer(sample.target, add_special_tokens=False).input_ids)
@@ -163,6 +163,14 @@ def test_answers_end_at_the_end_token_and_checkpoints_do_not_penalise():
     assert [text.split() for text in ended] == cut and len(cut[0]) <= 2
 
 
+def test_a_likelihood_that_is_no_number_ends_the_run():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NotFinite, match="the likelihood of a target is nan"):
+        next(runner.evaluate(model, Letters(), [noise()], [64], ["stock"], count=1))
+
+
 def test_samples_may_lack_a_target_or_an_answer():
     def either(reader, length, count, seed):
         whole = list(random_rows(length, 2, seed))
@@ -187,15 +195,15 @@ def test_one_prefill_a_batch(monkeypatch):
 def test_what_runs_alone(monkeypatch):
     """Sparse rows, whose budgets are steered together, and rows of stock whose mask would be large."""
     model = tiny_model()
-    assert runner.rows_together(model, modes.mode("dense"), 1000, 5000) == 5
-    assert runner.rows_together(model, modes.mode("dense"), 6000, 5000) == 1
-    sparse = modes.mode(
+    assert runner.rows_together(model, modes.mode_of("dense"), 1000, 5000) == 5
+    assert runner.rows_together(model, modes.mode_of("dense"), 6000, 5000) == 1
+    sparse = modes.mode_of(
         "block_scores:sparse_attention_threshold=500,block_size=32,kernel=reference," + SMALL.replace("16", "32")
     )
     assert runner.rows_together(model, sparse, 500, 5000) == 10
     assert runner.rows_together(model, sparse, 501, 5000) == 1
-    assert runner.rows_together(model, modes.mode("stock"), 8192, 32768) == 4
-    assert runner.rows_together(model, modes.mode("stock"), 8193, 32768) == 1
+    assert runner.rows_together(model, modes.mode_of("stock"), 8192, 32768) == 4
+    assert runner.rows_together(model, modes.mode_of("stock"), 8193, 32768) == 1
 
 
 def test_sparse_rows_tell_their_density_and_recall(checkpoint):
@@ -211,7 +219,7 @@ def test_sparse_rows_tell_their_density_and_recall(checkpoint):
 def test_modes_share_samples_and_done_rows_do_not_run_again(checkpoint):
     model, tokenizer = checkpoint
     store = samples.Samples(Reader(tokenizer), 3, 7)
-    both = [modes.mode("stock"), modes.mode("dense")]
+    both = [modes.mode_of("stock"), modes.mode_of("dense")]
     whole = [row for part in runner.batches(model, [KEYS], [256, 300], both, store) for row in part]
     prints = {mode: [row["fingerprint"] for row in whole if row["mode"] == mode] for mode in ("stock", "dense")}
     assert prints["stock"] == prints["dense"] and len(set(prints["dense"])) == 6
@@ -236,13 +244,13 @@ def test_modes_that_are_dense_say_so(caplog):
 
 
 def test_modes_are_read():
-    assert modes.mode("stock") == modes.Mode("stock")
-    assert modes.mode("yarn") == modes.Mode("yarn", yarn=True)
-    assert modes.mode("yarn:factor=2").factor == 2
-    assert modes.mode("dense").overrides == {"sparse": "off"}
-    assert modes.mode("sparse:last_q=32").overrides == {"sparse": "auto", "last_q": 32}
-    assert modes.mode("vertical_slash").overrides == {"sparse": "vertical_slash"}
-    dense = modes.mode("dense:attention_temperature=false")
+    assert modes.mode_of("stock") == modes.Mode("stock")
+    assert modes.mode_of("yarn") == modes.Mode("yarn", yarn=True)
+    assert modes.mode_of("yarn:factor=2").factor == 2
+    assert modes.mode_of("dense").overrides == {"sparse": "off"}
+    assert modes.mode_of("sparse:last_q=32").overrides == {"sparse": "auto", "last_q": 32}
+    assert modes.mode_of("vertical_slash").overrides == {"sparse": "vertical_slash"}
+    dense = modes.mode_of("dense:attention_temperature=false")
     assert dense.overrides == {"sparse": "off", "attention_temperature": False}
 
 
@@ -264,7 +272,7 @@ def test_modes_are_read():
 )
 def test_modes_that_are_none(text, message):
     with pytest.raises(InvalidValue, match=message):
-        modes.mode(text)
+        modes.mode_of(text)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +345,7 @@ def test_yarn_replaces_the_factor_that_a_config_names():
 
 def test_the_factor_follows_the_length():
     assert [yarn.default_factor(100, length) for length in (50, 400, 500)] == [4.0, 4.0, 5.0]
-    model, read = tiny_model("qwen3"), modes.mode("yarn")
+    model, read = tiny_model("qwen3"), modes.mode_of("yarn")
     for length, factor in ((64, 4.0), (640, 10.0)):
         with yarn.stretched(model, factor):
             wanted = model.model.rotary_emb.inv_freq
@@ -457,7 +465,7 @@ def test_a_task_is_found_by_its_path(tmp_path):
 
 def test_settings_of_a_mode_are_those_of_the_patch():
     model = tiny_model()
-    settings = modes.mode("dense:chunk_size=128").settings(model, model.config)
+    settings = modes.mode_of("dense:chunk_size=128").settings(model, model.config)
     assert settings == LongContextConfig.from_model_config(model.config, sparse="off", chunk_size=128)
 
 

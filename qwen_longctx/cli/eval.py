@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidValue("--prepare builds sample files: say where with --samples-in, or name the --output")
     if args.output is not None:
         check_writable(args.output)
-    wanted, lengths = [modes.mode(text) for text in args.modes], sorted(set(args.lengths))
+    wanted, lengths = [modes.mode_of(text) for text in args.modes], sorted(set(args.lengths))
     if args.base != summary.BASE and args.base not in args.modes:
         raise InvalidValue(f"--base {args.base} is none of the modes {', '.join(args.modes)}: name one of them")
     found = tasks.find(args.tasks)
     config = None
     if not args.prepare:
         config = checkpoint.load_config(args.model, any_model=not any(mode.patched for mode in wanted))
-        modes.check(config, wanted)
+        modes.check_modes(config, wanted)
         checkpoint.check_room(config, lengths, args.dtype)
     tokenizer = checkpoint.load_tokenizer(args.model)
     reader = samples.reader_of(tokenizer, _CHAT[args.chat])

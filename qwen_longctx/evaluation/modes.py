@@ -106,7 +106,7 @@ class Mode:
         return sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
 
 
-def mode(text: str) -> Mode:
+def mode_of(text: str) -> Mode:
     """Read a mode.
 
     Parameters
@@ -119,7 +119,7 @@ def mode(text: str) -> Mode:
     Raises
     ------
     InvalidValue
-        There is no such mode, or the text is not of this form. Settings are checked by `check`.
+        There is no such mode, or the text is not of this form. Settings are checked by `check_modes`.
     """
     word, overrides = text.partition(":")[0], variant(text).overrides
     known = ("stock", "yarn", *_PATCHED, *(name for name in SPARSE if name not in _PATCHED.values()))
@@ -143,7 +143,7 @@ def _yarn(text: str, given: dict[str, Any]) -> Mode:
     return Mode(text, yarn=True, factor=factor)
 
 
-def check(config: Any, modes: Sequence[Mode], model: Any = None) -> None:
+def check_modes(config: Any, modes: Sequence[Mode], model: Any = None) -> None:
     """Refuse modes that a model cannot run in, from its config; with the model, also for what is in place on it.
 
     Raises

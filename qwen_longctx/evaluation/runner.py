@@ -7,11 +7,12 @@ A batch is prefilled once. Its cache gives the likelihood of the targets first; 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -19,14 +20,12 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import LongContextCache
-from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation import modes as modes_
-from qwen_longctx.evaluation import samples as samples_
-from qwen_longctx.evaluation import tasks as tasks_
-from qwen_longctx.evaluation.modes import Mode
+from qwen_longctx.errors import InvalidValue, NotFinite
+from qwen_longctx.evaluation.modes import DEFAULT_MODES, Mode, check_modes, in_mode, mode_of
 from qwen_longctx.evaluation.passkey import input_device
-from qwen_longctx.evaluation.samples import Samples
+from qwen_longctx.evaluation.samples import Samples, check_vocabulary, fingerprint, reader_of
 from qwen_longctx.evaluation.task import Reader, Sample, Task
+from qwen_longctx.evaluation.tasks import find
 from qwen_longctx.patches.method import cache_argument
 
 logger = logging.getLogger(__name__)
@@ -137,6 +136,10 @@ def _likelihood(head: Any, hidden: torch.Tensor, target: list[int]) -> tuple[flo
         wanted = wanted.to(logits.device)
         nll -= logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
         right += int((logits.argmax(-1) == wanted).sum())
+    if not math.isfinite(nll):
+        raise NotFinite(
+            f"the likelihood of a target is {nll}: load the model in bfloat16 or float32, or copy the checkpoint anew"
+        )
     return nll / len(target), right == len(target)
 
 
@@ -180,16 +183,16 @@ def run(model: Any, reader: Reader, task: Task, mode: Mode, samples: Sequence[Sa
     rows = []
     for number, sample in enumerate(samples):
         nll, right = likely[number]
-        scored = task.score is not None and new_tokens[number] > 0
+        score = task.score if new_tokens[number] else None
         rows.append(
             {
                 "tokens": len(sample.prompt),
-                "fingerprint": samples_.fingerprint(reader, sample),
+                "fingerprint": fingerprint(reader, sample),
                 "nll": None if nll is None else round(nll, 6),
                 "target_tokens": len(batch.targets[number]),
                 "target_correct": right,
-                "score": float(task.score(sample, texts[number])) if scored and task.score else None,
-                "answer": texts[number] if scored else None,
+                "score": None if score is None else float(score(sample, texts[number])),
+                "answer": None if score is None else texts[number],
                 "seconds": round(seconds / len(samples), 4),
                 **kept,
             }
@@ -233,28 +236,29 @@ def batches(
     Raises
     ------
     InvalidValue, InvalidType, MissingFile, PatchConflict
-        See `modes.check`; before the first run.
+        See `modes.check_modes`; before the first run.
     """
-    modes_.check(model.config, modes, model)
+    check_modes(model.config, modes, model)
     for mode in modes:
         _tell_dense(model, mode, lengths)
     total = len(tasks) * sum(lengths) * len(modes) * samples.count
     with transformers_logging.tqdm(total=total, desc="Evaluation", unit="tok", unit_scale=True) as bar:
-        for task in tasks:
-            for length in sorted(lengths):
-                found = samples.of(task, length)
-                samples_.check_vocabulary(found, samples.reader, model.config.vocab_size, task.name)
-                for mode in modes:
-                    size = rows_together(model, mode, length, batch_tokens)
-                    for start in range(0, len(found), size):
-                        every = range(start, min(start + size, len(found)))
-                        todo = [n for n in every if (task.name, length, n, mode.name) not in done]
-                        if todo:
-                            with modes_.in_mode(model, mode, length):
-                                rows = run(model, samples.reader, task, mode, [found[n] for n in todo])
-                            heads = [{"task": task.name, "length": length, "index": n, "mode": mode.name} for n in todo]
-                            yield [{**head, **row} for head, row in zip(heads, rows, strict=True)]
-                        bar.update(length * len(every))
+        for task, length in product(tasks, sorted(lengths)):
+            found = samples.of(task, length)
+            check_vocabulary(found, samples.reader, model.config.vocab_size, task.name)
+            for mode in modes:
+                size = rows_together(model, mode, length, batch_tokens)
+                for start in range(0, len(found), size):
+                    numbers = range(start, min(start + size, len(found)))
+                    heads: list[dict[str, Any]] = [
+                        {"task": task.name, "length": length, "index": n, "mode": mode.name} for n in numbers
+                    ]
+                    heads = [head for head in heads if key_of(head) not in done]
+                    if heads:
+                        with in_mode(model, mode, length):
+                            rows = run(model, samples.reader, task, mode, [found[head["index"]] for head in heads])
+                        yield [{**head, **row} for head, row in zip(heads, rows, strict=True)]
+                    bar.update(length * len(numbers))
 
 
 def _tell_dense(model: Any, mode: Mode, lengths: Sequence[int]) -> None:
@@ -293,7 +297,7 @@ def evaluate(
     tokenizer: Any,
     tasks: Sequence[Task | str],
     lengths: Sequence[int],
-    modes: Sequence[str] = modes_.DEFAULT_MODES,
+    modes: Sequence[str] = DEFAULT_MODES,
     *,
     count: int = COUNT,
     seed: int = 0,
@@ -313,7 +317,7 @@ def evaluate(
     lengths : sequence of int
         Tokens of prompt and answer.
     modes : sequence of str
-        See `modes.mode`.
+        See `modes.mode_of`.
     count, seed : int
         Samples for each task and length, and what they depend on.
     chat : bool, optional
@@ -332,12 +336,14 @@ def evaluate(
     ------
     InvalidValue, InvalidType, MissingFile, MissingPackage, PatchConflict
         Before the first run, unless samples cannot be built: those are built length by length.
+    NotFinite
+        The model computes what is no number.
     """
-    named = [one for task in tasks for one in (tasks_.find([task]) if isinstance(task, str) else [task])]
+    named = [one for task in tasks for one in (find([task]) if isinstance(task, str) else [task])]
     found, lengths = list({task.name: task for task in named}.values()), sorted(set(lengths))
     check(found, lengths, count)
     if batch_tokens < 1:
         raise InvalidValue(f"batch_tokens must be at least 1, got {batch_tokens}")
-    samples = Samples(samples_.reader_of(tokenizer, chat), count, seed, samples_in)
-    read = [modes_.mode(text) for text in modes]
+    samples = Samples(reader_of(tokenizer, chat), count, seed, samples_in)
+    read = [mode_of(text) for text in modes]
     return chain.from_iterable(batches(model, found, lengths, read, samples, batch_tokens))
