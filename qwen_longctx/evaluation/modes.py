@@ -102,8 +102,11 @@ class Mode:
         settings = self.settings(model, model.config)
         if length <= settings.sparse_attention_threshold:
             return None
+        config = model.config
+        if settings.sparse == "auto" and not sparsity.pays(length, config.num_attention_heads, head_dim(config)):
+            return None
         device = torch.device("cpu") if model.device.type == "meta" else model.device
-        return sparsity.rule_name(settings, device, model.dtype, head_dim(model.config))
+        return sparsity.rule_name(settings, device, model.dtype, head_dim(config))
 
 
 def mode_of(text: str) -> Mode:

@@ -274,7 +274,7 @@ def _tell_dense(model: Any, mode: Mode, lengths: Sequence[int]) -> None:
         threshold = mode.settings(model, model.config).sparse_attention_threshold
         logger.warning(
             f"Mode {mode.name} is dense at {', '.join(f'{n:,}' for n in dense)} tokens: sparse prefill starts beyond "
-            f"sparse_attention_threshold={threshold}"
+            f"sparse_attention_threshold={threshold}, and sparse='auto' where it is faster for this model"
         )
 
 

@@ -69,7 +69,10 @@ class Reader:
         if not self.chat:
             return self.encode(sample.prompt + (" " + sample.prefix if sample.prefix else ""))
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.prompt}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": sample.prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # of Qwen3: its thoughts would use up the tokens of the answer
         )
         return self.encode(text + sample.prefix)
 

@@ -140,7 +140,7 @@ def plan_request(
     if name is None:
         return None
     held = heads()
-    if settings.sparse == "auto" and length**2 * held.query * head_dim(model_config) < _PAYS:
+    if settings.sparse == "auto" and not pays(length, held.query, head_dim(model_config)):
         return None
     request = make_request(name, settings, model_config, held, state, length, observer)
     _warn_once(
@@ -173,6 +173,11 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
     except ValueError:
         return None
     return None if kernel == "reference" else "block_scores"
+
+
+def pays(length: int, heads: int, head_dim: int) -> bool:
+    """Whether choosing keys for a prompt of `length` tokens takes less time than it saves in a layer of such heads."""
+    return length**2 * heads * head_dim >= _PAYS
 
 
 def check_budgets(settings: LongContextConfig, model_config: Any) -> None:
