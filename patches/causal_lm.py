@@ -74,7 +74,7 @@ def _in_chunks(
             model,
             **chunk_of(run, arguments, start, stop),
             # one row is computed and dropped where none is wanted: the stock forward has no "none"
-            logits_to_keep=(inside - first).to(run.device) if len(inside) else 1,
+            logits_to_keep=inside - first if len(inside) else 1,  # on the host: the head may lie on any device
             dual_chunk_forward=Forward(run, start, stop),
         )
         if len(inside):

@@ -35,7 +35,7 @@ class Letters:
 
     chat_template = None
 
-    def __call__(self, text, add_special_tokens=False):
+    def __call__(self, text, add_special_tokens=False, verbose=True):
         return type("Encoded", (), {"input_ids": [ord(letter) % 97 for letter in text]})
 
     def get_vocab(self):
@@ -257,7 +257,7 @@ def test_modes_are_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "there is no mode 'fast': name some of stock, yarn, dense, sparse, block_scores, vertical_slash"),
+        ("fast", "there is no mode 'fast': name some of stock, yarn, dense, sparse, block_scores, exact_shares, vertical_slash"),
         ("auto", "there is no mode 'auto'"),
         ("", "there is no mode ''"),
         ("stock:chunk_size=9", "mode stock takes no settings"),

@@ -263,7 +263,7 @@ def test_auto_is_sparse_where_it_can_be_fast(settings, sparse, monkeypatch):
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "length", "sparse"),
-    [(14, 64, 33_000, False), (14, 64, 65_536, True), (28, 128, 33_000, True), (2, 64, 65_536, False)],
+    [(14, 64, 65_536, False), (14, 64, 131_072, True), (28, 128, 33_000, True), (2, 64, 131_072, False)],
 )
 def test_auto_is_dense_where_choosing_takes_longer(heads, head_dim, length, sparse, monkeypatch):
     monkeypatch.setattr(request, "rule_name", lambda *kind: "block_scores")

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples-in", metavar="FOLDER", help="sample files, by default in a folder beside --output")
     parser.add_argument("--prepare", action="store_true", help="build the sample files only, and load no weights")
+    parser.add_argument("--judge", metavar="MODEL", help="checkpoint that judges answers, for longbench_chat")
     parser.add_argument("--base", default="dense", metavar="MODE", help="mode that the others are compared with, dense")
     add_output(parser, "results file (JSON), written after every batch; the same command continues it")
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Build the samples, run what is not in the results file yet, and print the table."""
     from qwen_longctx.cli import checkpoint
     from qwen_longctx.errors import InvalidValue
-    from qwen_longctx.evaluation import modes, results, runner, samples, summary, tasks
+    from qwen_longctx.evaluation import judge, modes, results, runner, samples, summary, tasks
     from qwen_longctx.evaluation.environment import write_results
     from qwen_longctx.evaluation.files import check_writable
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     wanted, lengths = [modes.mode_of(text) for text in args.modes], sorted(set(args.lengths))
     if args.base != summary.BASE and args.base not in args.modes:
         raise InvalidValue(f"--base {args.base} is none of the modes {', '.join(args.modes)}: name one of them")
-    found = tasks.find(args.tasks)
+    found = tasks.find(args.tasks, None if args.judge is None else judge.checkpoint(args.judge))
     config = None
     if not args.prepare:
         config = checkpoint.load_config(args.model, any_model=not any(mode.patched for mode in wanted))

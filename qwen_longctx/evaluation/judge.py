@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 _NEW_TOKENS = 512
@@ -15,24 +15,23 @@ def checkpoint(name: str) -> Callable[[str], str]:
     It answers greedily, in the chat template of its tokenizer where there is one.
     """
 
+    @cache
+    def loaded() -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto").eval()
+        return model, AutoTokenizer.from_pretrained(name)
+
     def judge(prompt: str) -> str:
         import torch
 
-        model, tokenizer = _loaded(name)
+        model, tokenizer = loaded()
         ids = _ids(tokenizer, prompt).to(model.device)
         with torch.no_grad():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=_NEW_TOKENS, do_sample=False)
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     return judge
-
-
-@lru_cache(maxsize=1)
-def _loaded(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto").eval()
-    return model, AutoTokenizer.from_pretrained(name)
 
 
 def _ids(tokenizer: Any, prompt: str) -> Any:

@@ -103,7 +103,8 @@ class Mode:
         if length <= settings.sparse_attention_threshold:
             return None
         config = model.config
-        if settings.sparse == "auto" and not sparsity.pays(length, config.num_attention_heads, head_dim(config)):
+        width = config.num_attention_heads * head_dim(config)
+        if settings.sparse == "auto" and not sparsity.pays(settings, length, width):
             return None
         device = torch.device("cpu") if model.device.type == "meta" else model.device
         return sparsity.rule_name(settings, device, model.dtype, head_dim(config))

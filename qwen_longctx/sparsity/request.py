@@ -26,9 +26,10 @@ from qwen_longctx.sparsity.view import Prompt
 logger = logging.getLogger(__name__)
 
 _DENSE_TILES = 2
-# Pairs of tokens times heads times head_dim, from which on choosing takes less time than it saves: between a 0.5B at
-# 32,768 tokens (slower, 0.96e12) and the same at 65,536 or a 7B at 32,768 (faster, 3.8e12), on an H100
-_PAYS = 2e12
+# Operations of dense attention in a layer for one span, from which on choosing keys takes less time than it saves. On
+# an H100 choosing costs the host some 6 ms a span and layer: too much for a 0.5B at 65,536 tokens (2.9e12), and worth it
+# for the same at 131,072 (5.8e12) and for a 7B at 32,768 (7.7e12)
+_PAYS = 4e12
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def plan_request(
     if name is None:
         return None
     held = heads()
-    if settings.sparse == "auto" and not pays(length, held.query, head_dim(model_config)):
+    if settings.sparse == "auto" and not pays(settings, length, held.query * head_dim(model_config)):
         return None
     request = make_request(name, settings, model_config, held, state, length, observer)
     _warn_once(
@@ -175,9 +176,10 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
     return None if kernel == "reference" else "block_scores"
 
 
-def pays(length: int, heads: int, head_dim: int) -> bool:
-    """Whether choosing keys for a prompt of `length` tokens takes less time than it saves in a layer of such heads."""
-    return length**2 * heads * head_dim >= _PAYS
+def pays(settings: LongContextConfig, length: int, width: int) -> bool:
+    """Whether choosing keys saves time on a prompt of `length` tokens; queries have `width` numbers in all heads."""
+    span = min(length, settings.stride, settings.prefill_chunk_size)
+    return 2 * length * span * width >= _PAYS
 
 
 def check_budgets(settings: LongContextConfig, model_config: Any) -> None:

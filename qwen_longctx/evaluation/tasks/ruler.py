@@ -1,4 +1,4 @@
-"""RULER (Hsieh et al., arXiv 2404.06654): thirteen tasks of any length, drawn and scored by the code of lm-eval.
+"""RULER (Hsieh et al., arXiv 2404.06654): thirteen tasks of any length, drawn by the code of lm-eval.
 
 A sample is what lm-eval's generator makes with the same amount of text from the same random state. How much text fits
 is found here: the generators measure the whole prompt again for each little piece, which takes minutes to hours at
@@ -21,6 +21,7 @@ questions                   "Answer:"                                      " " a
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -244,8 +245,12 @@ def _question(dataset: str) -> Kind:
 
 
 def score_all(sample: Sample, answer: str) -> float:
-    """Share of the gold answers that stand in the answer, letter case aside: lm-eval's ``string_match_all``."""
-    return sum(gold.lower() in answer.lower() for gold in sample.answers) / len(sample.answers)
+    """Share of the gold answers that stand in the answer, letter case aside.
+
+    That is ``string_match_all`` of lm-eval and, for one answer, its ``string_match_part`` too.
+    """
+    text = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).strip().lower()
+    return sum(gold.lower() in text for gold in sample.answers) / len(sample.answers)
 
 
 _KINDS = {
