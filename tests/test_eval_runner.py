@@ -394,8 +394,8 @@ def test_text_prompts_become_tokens_of_the_template():
     class Chat(Letters):
         chat_template = "some"
 
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-            assert not tokenize and add_generation_prompt
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking):
+            assert not tokenize and add_generation_prompt and not enable_thinking
             return f"<{messages[0]['content']}>"
 
     task = Task("text", lambda *_: iter([Sample("ab", "c", prefix="so")]))
