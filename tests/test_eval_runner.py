@@ -257,7 +257,10 @@ def test_modes_are_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "there is no mode 'fast': name some of stock, yarn, dense, sparse, block_scores, exact_shares, vertical_slash"),
+        (
+            "fast",
+            "there is no mode 'fast': name some of stock, yarn, dense, sparse, block_scores, exact_shares",
+        ),
         ("auto", "there is no mode 'auto'"),
         ("", "there is no mode ''"),
         ("stock:chunk_size=9", "mode stock takes no settings"),

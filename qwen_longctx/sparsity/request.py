@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _DENSE_TILES = 2
 # Operations of dense attention in a layer for one span, from which on choosing keys takes less time than it saves. On
-# an H100 choosing costs the host some 6 ms a span and layer: too much for a 0.5B at 65,536 tokens (2.9e12), and worth it
-# for the same at 131,072 (5.8e12) and for a 7B at 32,768 (7.7e12)
+# an H100 choosing costs the host some 6 ms a span and layer: too much for a 0.5B at 65,536 tokens (2.9e12), and worth
+# it for the same at 131,072 (5.8e12) and for a 7B at 32,768 (7.7e12)
 _PAYS = 4e12
 
 
