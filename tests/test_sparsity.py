@@ -473,8 +473,9 @@ def test_trials_score_a_tile_once(rule, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [{"fidelity": "fast"}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
-def test_steering_only_adds_to_a_share(share):
+def test_steering_only_adds_to_a_share(share, monkeypatch):
     """No head gets less than the share, and those that recall too little get more."""
+    monkeypatch.setattr(block_scores, "MISSED", 1.0)
     q, k, v = draw(640)
     beyond = {"original_max_position_embeddings": 300, **share}
     found = []
