@@ -274,6 +274,7 @@ def test_block_scores_are_the_best_shares_of_pooled_queries_on_mean_keys(cuts):
 )
 def test_a_fidelity_keeps_its_mass_and_a_window_that_grows_with_the_prompt(trained, fidelity, mass, share, monkeypatch):
     monkeypatch.setattr(block_scores, "NEAR", 2)
+    monkeypatch.setattr(block_scores, "MISSED", 1.0)
     q, k, v = draw(640)
     config = settings(original_max_position_embeddings=trained, recall_target=0.01, fidelity=fidelity)
     _, _, spy = prefill(q, k, v, config, [256, 640])
@@ -299,6 +300,31 @@ def test_masses_over_lengths(fidelity, masses):
     found = [block_scores.mass_of(fidelity, times) for times in (0.1, 1, 1.0001, 2, 4, 8, 16, 64)]
     assert found == pytest.approx(masses, abs=1e-4)
     assert block_scores.mass_of("balanced", 8 * 2**0.5) == pytest.approx(0.89)
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("missed", [0.2, 0.4])
+def test_a_head_that_drops_what_a_query_wants_attends_to_everything(cuts, missed, monkeypatch):
+    """Against the softmax of each query of a span's last tile over all its keys; other heads keep their mass."""
+    monkeypatch.setattr(block_scores, "MISSED", missed)
+    monkeypatch.setitem(block_scores.MASSES, "fast", ((1.0, 0.6),))
+    q, k, v = draw(cuts[-1])
+    _, _, spy = prefill(q, k, v, settings(fidelity="fast"), cuts)
+    logits = all_logits(q[0], k[0])
+    assert spy.seen
+    for view, selection in spy.seen:
+        scores = block_scores.scores(view)
+        for head in range(4):
+            kept = []
+            for tile, start in enumerate(view.tiles.starts.tolist()):
+                stop = int(view.tiles.stops[tile])
+                kept.append(keep_by_hand(scores[0, head, tile].tolist(), start, stop, 32, 0.6, "mass", 1000, 1, 1))
+            share = logits[head, start:stop, :stop].softmax(-1)
+            wanted = {at // 32: share[:, at : at + 32].sum(1).max().item() for at in range(0, stop, 32)}
+            if max([wanted[block] for block in wanted.keys() - kept[-1]], default=0.0) > missed:
+                kept = [set(range(visible)) for visible in view.tiles.visible.tolist()]
+            found = [set(mask.nonzero()[:, 0].tolist()) for mask in selection.mask[0, head]]
+            assert found == kept
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
@@ -447,8 +473,9 @@ def test_trials_score_a_tile_once(rule, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [{"fidelity": "fast"}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
-def test_steering_only_adds_to_a_share(share):
+def test_steering_only_adds_to_a_share(share, monkeypatch):
     """No head gets less than the share, and those that recall too little get more."""
+    monkeypatch.setattr(block_scores, "MISSED", 1.0)
     q, k, v = draw(640)
     beyond = {"original_max_position_embeddings": 300, **share}
     found = []

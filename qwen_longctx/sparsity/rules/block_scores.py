@@ -3,6 +3,9 @@
 After the block selection of FlashPrefill (arXiv 2603.06199) with changes that the project measured on Qwen2.5: rows are
 normalised one by one, and a block counts as much as the row that wants it most, so that a few queries which look
 elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly as well as their true share does.
+
+Means do not show the one key that a query looks up far away. Few heads do that, and the same ones all along a text:
+they are found by the attention of each span's last tile, and attend to everything.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ MASSES = {
     "balanced": ((8.0, 0.93), (16.0, 0.85)),
     "careful": ((8.0, 0.97), (16.0, 0.93)),
 }
+MISSED = 0.2  # share of a query's attention in a block that its head drops, from which on the head drops none
 FAR, NEAR = 16, 96  # at FAR trained lengths the nearest of NEAR blocks is kept always, before it fewer
 
 
@@ -84,8 +88,11 @@ class Options:
 
 
 def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
-    """`best_blocks` by `scores`."""
-    return best_blocks(view, view.once("scores", lambda: scores(view)), budget, prompt)
+    """`best_blocks` by `scores`; and, unless the user says how much is kept, all blocks for heads that `miss` some."""
+    selection = best_blocks(view, view.once("scores", lambda: scores(view)), budget, prompt)
+    if prompt.options.fixed:
+        return selection
+    return Selection(selection.mask | (miss(view, selection.mask) & view.tiles.sees()))
 
 
 def best_blocks(view: SpanView, estimates: torch.Tensor, budget: torch.Tensor, prompt: Prompt) -> Selection:
@@ -164,6 +171,41 @@ def scores(view: SpanView) -> torch.Tensor:
     ]
     joined = torch.cat(shares, dim=3)
     return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
+
+
+def miss(view: SpanView, mask: torch.Tensor) -> torch.Tensor:
+    """Whether a query of the span's last tile has more than a share `MISSED` of its attention in one dropped block.
+
+    Parameters
+    ----------
+    view : SpanView
+    mask : torch.Tensor
+        Shape (batch, heads, tiles, blocks), bool: blocks kept.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (batch, heads, 1, 1), bool.
+    """
+    wanted = view.once("wanted", lambda: largest_shares(view.last_tile()))
+    return (wanted.masked_fill(mask[:, :, -1:], 0.0) > MISSED).any(dim=3, keepdim=True)
+
+
+def largest_shares(view: SpanView) -> torch.Tensor:
+    """Largest share of attention that a query of each tile gives each block, exactly: it costs as dense attention does.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (batch, heads, tiles, blocks), float32 (float64 for float64 input), between 0 and 1.
+    """
+    tiles, size = view.tiles, view.tiles.size
+    limits = view.span.start + 1 + torch.arange(len(tiles.starts) * size, device=view.k.device)
+    limits = limits.clamp(max=view.span.stop)  # the last query fills the last tile up
+    parts = [(in_tiles(q, tiles), view.keys(segment), limits - segment.key_start) for segment, q in view.pieces[::-1]]
+    lse = joint_lse(parts, scale=view.scale)
+    shares = [block_shares(q, k, lse, limit, rows=size, per_block=size, scale=view.scale) for q, k, limit in parts]
+    return torch.cat(shares, dim=3)
 
 
 def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
