@@ -307,9 +307,9 @@ def test_masses_over_lengths(fidelity, masses):
 def test_a_head_that_drops_what_a_query_wants_attends_to_everything(cuts, missed, monkeypatch):
     """Against the softmax of each query of a span's last tile over all its keys; other heads keep their mass."""
     monkeypatch.setattr(block_scores, "MISSED", missed)
-    monkeypatch.setitem(block_scores.MASSES, "fast", ((1.0, 0.6),))
+    monkeypatch.setitem(block_scores.MASSES, "careful", ((1.0, 0.6),))
     q, k, v = draw(cuts[-1])
-    _, _, spy = prefill(q, k, v, settings(fidelity="fast"), cuts)
+    _, _, spy = prefill(q, k, v, settings(fidelity="careful"), cuts)
     logits = all_logits(q[0], k[0])
     assert spy.seen
     for view, selection in spy.seen:
@@ -473,9 +473,8 @@ def test_trials_score_a_tile_once(rule, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [{"fidelity": "fast"}, {"density": 0.2}, {"mass": 0.3}, {"score_threshold": 0.8}])
-def test_steering_only_adds_to_a_share(share, monkeypatch):
+def test_steering_only_adds_to_a_share(share):
     """No head gets less than the share, and those that recall too little get more."""
-    monkeypatch.setattr(block_scores, "MISSED", 1.0)
     q, k, v = draw(640)
     beyond = {"original_max_position_embeddings": 300, **share}
     found = []

@@ -5,7 +5,7 @@ normalised one by one, and a block counts as much as the row that wants it most,
 elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly as well as their true share does.
 
 Means do not show the one key that a query looks up far away. Few heads do that, and the same ones all along a text:
-they are found by the attention of each span's last tile, and attend to everything.
+with the fidelity "careful" they are found by the attention of each span's last tile, and attend to everything.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class Options:
 
 
 def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
-    """`best_blocks` by `scores`; and, unless the user says how much is kept, all blocks for heads that `miss` some."""
+    """`best_blocks` by `scores`; with the fidelity "careful" also all blocks for heads that `miss` some."""
     selection = best_blocks(view, view.once("scores", lambda: scores(view)), budget, prompt)
-    if prompt.options.fixed:
+    if prompt.options.fidelity != "careful":
         return selection
     return Selection(selection.mask | (miss(view, selection.mask) & view.tiles.sees()))
 
@@ -124,10 +124,10 @@ def best_blocks(view: SpanView, estimates: torch.Tensor, budget: torch.Tensor, p
 def mass_of(fidelity: str, times: float) -> float:
     """Share of the scored mass that is kept on a prompt `times` as long as the model was trained to attend.
 
-    Up to eight times the trained length "balanced" keeps as much as retrieval needs; "careful" halves what is left
-    out. Beyond it attention spreads over keys at distances that the model never learned to tell apart, and keeping
-    less costs no likelihood. "fast" gives up retrieval of one key among thousands for blocks from the trained length
-    on.
+    Up to eight times the trained length "balanced" keeps the likelihood of text and of most answers; "careful" halves
+    what is left out. Beyond it attention spreads over keys at distances that the model never learned to tell apart,
+    and keeping less costs no likelihood. "fast" gives up retrieval of one key among thousands for blocks from the
+    trained length on.
     """
     points = MASSES[fidelity]
     if times <= points[0][0]:
