@@ -12,7 +12,7 @@ def samples(reader, length, count, seed):
     source = random.Random(seed)
     for _ in range(count):
         key = passkey.random_key(source)
-        ids = passkey.prompt(reader.tokenizer, length - 8 - source.randrange(4), source.random(), key)
+        ids = passkey.prompt(reader.tokenizer, length - 8 - source.randrange(9), source.random(), key)
         yield Sample(tuple(ids[0].tolist()), " " + key, (key,), new_tokens=8)
 
 

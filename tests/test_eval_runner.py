@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import eval_tasks
 from helpers import tiny_model
 from qwen_longctx import LongContextConfig, patch_qwen, patched_qwen, unpatch_qwen
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.errors import InvalidType, InvalidValue, MissingFile, NotFinite, PatchConflict, Unsupported
-from qwen_longctx.evaluation import modes, passkey, runner, samples, tasks, yarn
+from qwen_longctx.evaluation import modes, runner, samples, tasks, yarn
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
 EVERYTHING = "block_scores:density=1,kernel=reference,sparse_attention_threshold=64,block_size=32"
@@ -59,15 +60,7 @@ def noise(spread=0, **options):
     return Task("noise", lambda _, *at: random_rows(*at, spread, **options), lambda sample, text: float("1" in text))
 
 
-def keys(reader, length, count, seed):
-    source = random.Random(seed)
-    for _ in range(count):
-        key = passkey.random_key(source)
-        prompt = passkey.prompt(reader.tokenizer, length - 8 - source.randrange(9), source.random(), key)
-        yield Sample(tuple(prompt[0].tolist()), " " + key, (key,), new_tokens=8)
-
-
-KEYS = Task("keys", keys, lambda sample, answer: float(passkey.is_correct(answer, sample.answers[0])))
+KEYS = Task("keys", eval_tasks.samples, eval_tasks.score)
 
 
 def alone(model, tokenizer, sample, target, eos=None):
@@ -390,7 +383,7 @@ def test_a_file_for_each_kind_of_samples(tmp_path, checkpoint):
     chat = samples.Samples(Reader(checkpoint[1], chat=True), 1, 0, tmp_path)
     paths = [store.path(KEYS, 300) for store in (*stores, other, chat)] + [stores[0].path(KEYS, 301)]
     assert len(set(paths)) == len(paths)
-    assert stores[0].path(Task("a/../b", keys), 9).parent == tmp_path
+    assert stores[0].path(Task("a/../b", eval_tasks.samples), 9).parent == tmp_path
 
 
 def test_text_prompts_become_tokens_of_the_template():

@@ -252,7 +252,7 @@ def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):
 )
 def test_auto_is_sparse_where_it_can_be_fast(settings, sparse, monkeypatch):
     monkeypatch.setattr(ops, "why_not", lambda *kind: {"fa4": "is not here", "flex": "neither"})
-    monkeypatch.setattr(request, "_PAYS", 0)
+    monkeypatch.setattr(request, "_WORTH_IT", 0)
     on = {name: value for name, value in ON.items() if name != "sparse"}
     cache = LongContextCache()
     with patched_qwen(model := long_model(), **{**on, **settings}):

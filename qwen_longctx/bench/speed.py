@@ -14,7 +14,7 @@ from qwen_longctx.bench.shapes import random_model
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.errors import InvalidValue
 
-# with the dense spans of a run, no less than block scores keep of real text by default (results/quality*.json)
+# with the dense spans of a run, no less than fidelity="fast" keeps of real text (results/quality*.json)
 DENSITIES = {32768: 0.29, 65536: 0.085, 131072: 0.042, 262144: 0.026, 524288: 0.018, 1_000_000: 0.02}
 LENGTHS = tuple(DENSITIES)
 SHORTEST = 384  # one tile of 128 that is sparse, and the two at the end of a prompt that never are

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen_longctx.cli.options import add_lengths, add_model, add_output, at_least_one
 
 if TYPE_CHECKING:
     from qwen_longctx.evaluation.samples import Samples
-    from qwen_longctx.evaluation.task import Task
+    from qwen_longctx.evaluation.task import Sample, Task
 
 _CHAT = {"auto": None, "on": True, "off": False}
 
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     wanted, lengths = [modes.mode_of(text) for text in args.modes], sorted(set(args.lengths))
     if args.base != summary.BASE and args.base not in args.modes:
         raise InvalidValue(f"--base {args.base} is none of the modes {', '.join(args.modes)}: name one of them")
+    if args.judge is not None:
+        checkpoint.load_config(args.judge, any_model=True)
     found = tasks.find(args.tasks, None if args.judge is None else judge.checkpoint(args.judge))
     config = None
     if not args.prepare:
@@ -66,19 +70,19 @@ def run(args: argparse.Namespace) -> None:
         modes.check_modes(config, wanted)
         checkpoint.check_room(config, lengths, args.dtype)
     tokenizer = checkpoint.load_tokenizer(args.model)
-    reader = samples.reader_of(tokenizer, _CHAT[args.chat])
-    store = samples.Samples(reader, args.samples, args.seed, _folder(args))
-    _build(store, found, lengths, config)
-    if args.prepare:
+    store = samples.Samples(samples.reader_of(tokenizer, _CHAT[args.chat]), args.samples, args.seed, _folder(args))
+    if config is None:
+        for _ in _each(store, found, lengths):
+            pass
         print(f"samples are in {store.folder}")
         return
     about = results.about(args.model, config, args.dtype, store)
     earlier = results.read(args.output) if args.output is not None else {"rows": []}
     results.check_same(args.output, earlier, about)
     summary.summarize(earlier["rows"], args.base)  # what could not be summed up in the end
-    for task in found:
-        for length in lengths:
-            results.check_samples(args.output, earlier["rows"], store, task, length)
+    for task, length, built in _each(store, found, lengths):
+        samples.check_vocabulary(built, store.reader, config.vocab_size, task.name)
+        results.check_samples(args.output, earlier["rows"], store.reader, built, task.name, length)
     model = checkpoint.load_model(args)
     about["weights"] = results.weights_of(model)
     results.check_same(args.output, earlier, about)
@@ -99,16 +103,11 @@ def _folder(args: argparse.Namespace) -> Path | None:
     return None if args.output is None else Path(args.output).with_suffix(".samples")
 
 
-def _build(store: Samples, tasks: list[Task], lengths: list[int], config: Any) -> None:
-    """Build what is not there yet, and check all of it."""
+def _each(store: Samples, tasks: list[Task], lengths: list[int]) -> Iterator[tuple[Task, int, list[Sample]]]:
+    """All samples by task and length; those that are not there yet are built."""
     from transformers.utils import logging as transformers_logging
 
-    from qwen_longctx.evaluation.samples import check_vocabulary
-
     with transformers_logging.tqdm(total=len(tasks) * len(lengths), desc="Samples", unit="file") as bar:
-        for task in tasks:
-            for length in lengths:
-                found = store.of(task, length)
-                if config is not None:
-                    check_vocabulary(found, store.reader, config.vocab_size, task.name)
-                bar.update()
+        for task, length in product(tasks, lengths):
+            yield task, length, store.of(task, length)
+            bar.update()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-SPARSE = ("off", "auto", "block_scores", "exact_shares", "vertical_slash")
 _MOST = 10**15  # of anything that is counted here: no machine holds more
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -6,7 +6,8 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from qwen_longctx.cli.options import SPARSE, add_lengths, add_model, add_output, at_least_one, depth
+from qwen_longctx.cli.options import add_lengths, add_model, add_output, at_least_one, depth
+from qwen_longctx.config import SPARSE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwen_longctx.errors import InvalidValue
+from qwen_longctx.evaluation.packages import python_files
 
 PACKAGE = "transformers"
 
@@ -39,10 +40,8 @@ def source_code(tokenizer: Any, length: int, package: str = PACKAGE) -> torch.Te
         raise InvalidValue(f"a text must have at least 1 token, got {length}")
     folder = _folder(package)
     tokens: list[int] = []
-    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):
-        source = path.read_text(encoding="utf-8", errors="replace")
-        text = f"# {path.relative_to(folder.parent).as_posix()}\n{source}\n"
-        tokens += tokenizer(text, add_special_tokens=False).input_ids
+    for name, source in python_files(folder):
+        tokens += tokenizer(f"# {name}\n{source}\n", add_special_tokens=False).input_ids
         if len(tokens) >= length:
             return torch.tensor([tokens[:length]])
     raise InvalidValue(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from qwen_longctx.evaluation.task import in_template
+
 _NEW_TOKENS = 512
 
 
@@ -37,7 +39,4 @@ def checkpoint(name: str) -> Callable[[str], str]:
 def _ids(tokenizer: Any, prompt: str) -> Any:
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt").input_ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return tokenizer(in_template(tokenizer, prompt), add_special_tokens=False, return_tensors="pt").input_ids

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
-
 from qwen_longctx import LongContextConfig, patched_qwen, patches, sparsity
-from qwen_longctx.checkpoint import head_dim, trained_length
+from qwen_longctx.checkpoint import local_heads, trained_length
 from qwen_longctx.config import RULES, SPARSE
 from qwen_longctx.errors import InvalidValue, PatchConflict
 from qwen_longctx.evaluation import yarn
+from qwen_longctx.evaluation.passkey import input_device
 
 DEFAULT_MODES = ("stock", "dense", "sparse")
 _PATCHED = {"dense": "off", "sparse": "auto"}  # what `sparse` of the settings is called here
@@ -99,15 +98,15 @@ class Mode:
         """The rule by which prompts of `length` tokens are prefilled sparsely on this model; None is dense."""
         if not self.patched:
             return None
-        settings = self.settings(model, model.config)
-        if length <= settings.sparse_attention_threshold:
-            return None
         config = model.config
-        width = config.num_attention_heads * head_dim(config)
-        if settings.sparse == "auto" and not sparsity.pays(settings, length, width):
-            return None
-        device = torch.device("cpu") if model.device.type == "meta" else model.device
-        return sparsity.rule_name(settings, device, model.dtype, head_dim(config))
+        return sparsity.rule_for(
+            self.settings(model, config),
+            config,
+            heads=lambda: local_heads(model),
+            device=input_device(model),
+            dtype=model.dtype,
+            length=length,
+        )
 
 
 def mode_of(text: str) -> Mode:

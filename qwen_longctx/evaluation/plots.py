@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -41,7 +40,6 @@ def accuracy_by_length(shares: Mapping[str, Mapping[int, float]], trained_length
     return figure
 
 
-_REMEDY = "give results files as the command wrote them"
 _DEFAULT = {"marker": "*", "markersize": 14, "zorder": 3}  # a rule as it is, over its variants
 
 
@@ -62,13 +60,11 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
     InvalidValue
         A row lacks a figure, or there is no row of dense prefill of its text.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     _check(rows, ("tokens", "nll", "agreement", "density"))
     lengths = sorted({row["tokens"] for row in rows})
-    figure = Figure(figsize=(4.5 * len(lengths), 6), layout="constrained")
-    axes = figure.subplots(2, len(lengths), sharex="col", squeeze=False)
+    figure, axes = _two_rows(len(lengths))
     points = _points(rows)
     names = sorted({name for name, _ in points})
     styles = {
@@ -91,9 +87,7 @@ def quality_by_density(rows: Sequence[Mapping[str, Any]]) -> Any:
             formatter("{x:g}")
     axes[0, 0].set_ylabel("NLL above dense, nats a token")
     axes[1, 0].set_ylabel("top-1 agreement with dense, %")
-    handles = {text: line for a in axes[0] for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
-    return figure
+    return _with_legend(figure, axes)
 
 
 def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -151,12 +145,9 @@ def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     InvalidValue
         See `summary.summarize`.
     """
-    from matplotlib.figure import Figure
-
     lines = summary.summarize(rows)
     columns = summary.top_level(lines)
-    figure = Figure(figsize=(4.5 * len(columns), 6), layout="constrained")
-    axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+    figure, axes = _two_rows(len(columns))
     modes = list(dict.fromkeys(line.mode for line in lines))
     for column, name in enumerate(columns):
         for number, mode in enumerate(modes):
@@ -171,6 +162,19 @@ def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes[1, column].set_xlabel("prompt length, tokens")
     axes[0, 0].set_ylabel("score")
     axes[1, 0].set_ylabel("NLL, nats a token")
+    return _with_legend(figure, axes)
+
+
+def _two_rows(columns: int) -> tuple[Any, Any]:
+    """A figure with two rows of axes, of which those of a column share their horizontal axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * columns, 6), layout="constrained")
+    return figure, figure.subplots(2, columns, sharex="col", squeeze=False)
+
+
+def _with_legend(figure: Any, axes: Any) -> Any:
+    """A figure with one legend below it, of what all of its axes show."""
     handles = {text: line for a in axes.flat for line, text in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return figure
@@ -183,11 +187,10 @@ def _check(rows: Sequence[Mapping[str, Any]], needed: Sequence[str]) -> None:
         if "stock_seconds" in row:
             numbers["stock_seconds"] = row["stock_seconds"]
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InvalidValue(f"{name} of a row must be a number, got {value!r} in {row!r:.120}: {_REMEDY}")
+            summary.check_number(name, value, row)
         for name in ("variant", "package"):
             if not isinstance(row.get(name, ""), str):
-                raise InvalidValue(f"{name} of a row must be a text, got {row[name]!r}: {_REMEDY}")
+                raise InvalidValue(f"{name} of a row must be a text, got {row[name]!r}: {summary.REMEDY}")
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[tuple[float, float, float]]]:
@@ -201,7 +204,8 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], list[tup
         if row["variant"] != "dense":
             if _text(row) not in dense:
                 raise InvalidValue(
-                    f"the row of {row['variant']} at {row['tokens']} tokens has no row of dense beside it: {_REMEDY}"
+                    f"the row of {row['variant']} at {row['tokens']} tokens has no row of dense beside it: "
+                    f"{summary.REMEDY}"
                 )
             point = 100 * row["density"], row["nll"] - dense[_text(row)], 100 * row["agreement"]
             texts.setdefault((row["variant"], row["tokens"]), []).append(point)

@@ -14,7 +14,7 @@ from qwen_longctx.checkpoint import trained_length
 from qwen_longctx.errors import InvalidValue, MissingFile
 from qwen_longctx.evaluation.runner import key_of
 from qwen_longctx.evaluation.samples import Samples, fingerprint
-from qwen_longctx.evaluation.task import Task
+from qwen_longctx.evaluation.task import Reader, Sample
 
 _NUMBERS = 8  # of each weight
 
@@ -91,21 +91,27 @@ def check_same(path: str | Path, content: Mapping[str, Any], now: Mapping[str, A
 
 
 def check_samples(
-    path: str | Path, rows: Sequence[Mapping[str, Any]], samples: Samples, task: Task, length: int
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    reader: Reader,
+    samples: Sequence[Sample],
+    task: str,
+    length: int,
 ) -> None:
-    """Refuse to continue a file whose rows of a task and length are of other samples.
+    """Refuse to continue a file whose rows of a task and length are of others than these samples.
 
     Raises
     ------
     InvalidValue
     """
-    now = {index: fingerprint(samples.reader, sample) for index, sample in enumerate(samples.of(task, length))}
-    for row in rows:
-        if (row["task"], row["length"]) == (task.name, length) and row["fingerprint"] != now.get(row["index"]):
-            raise InvalidValue(
-                f"{path} has results of other samples of {task.name} at {length} tokens: name another file, or give "
-                "--samples-in the folder that it was made from"
-            )
+    theirs = [(row["index"], row["fingerprint"]) for row in rows if (row["task"], row["length"]) == (task, length)]
+    known = {index for index, _ in theirs}
+    ours = {index: fingerprint(reader, sample) for index, sample in enumerate(samples) if index in known}
+    if any(ours.get(index) != run_on for index, run_on in theirs):
+        raise InvalidValue(
+            f"{path} has results of other samples of {task} at {length} tokens: name another file, or give "
+            "--samples-in the folder that it was made from"
+        )
 
 
 def keys(rows: Sequence[dict[str, Any]]) -> set[Any]:

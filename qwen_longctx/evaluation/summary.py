@@ -20,6 +20,7 @@ from qwen_longctx.errors import InvalidValue
 BASE = "dense"
 LEVEL = 0.95
 FIGURES = ("score", "nll")
+REMEDY = "give results files as the command wrote them"
 
 
 class Estimate(NamedTuple):
@@ -167,13 +168,12 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> Values:
     for row in rows:
         task, length, mode, index = (row.get(name) for name in ("task", "length", "mode", "index"))
         if not isinstance(task, str) or not isinstance(mode, str):
-            raise InvalidValue(f"task and mode of a row must be texts, got {row!r:.120}: {_REMEDY}")
+            raise InvalidValue(f"task and mode of a row must be texts, got {row!r:.120}: {REMEDY}")
         if not isinstance(length, int) or not isinstance(index, int):
-            raise InvalidValue(f"length and index of a row must be whole numbers, got {row!r:.120}: {_REMEDY}")
+            raise InvalidValue(f"length and index of a row must be whole numbers, got {row!r:.120}: {REMEDY}")
         figures = {name: row[name] for name in FIGURES if row.get(name) is not None}
         for name, value in figures.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InvalidValue(f"{name} of a row must be a number, got {value!r} in {row!r:.120}: {_REMEDY}")
+            check_number(name, value, row)
         samples = values.setdefault((task, length, mode), {})
         if index in samples:
             raise InvalidValue(
@@ -184,7 +184,15 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> Values:
     return values
 
 
-_REMEDY = "give results files as the command wrote them"
+def check_number(name: str, value: Any, row: Mapping[str, Any]) -> None:
+    """Refuse a value of a row that is no finite number.
+
+    Raises
+    ------
+    InvalidValue
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InvalidValue(f"{name} of a row must be a number, got {value!r} in {row!r:.120}: {REMEDY}")
 
 
 def table(lines: Sequence[Line], base: str = BASE) -> str:

@@ -39,6 +39,16 @@ class Sample:
     document: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
+def in_template(tokenizer: Any, content: str) -> str:
+    """A chat of one message of the user's, in the tokenizer's template, up to where the answer begins."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # of Qwen3: its thoughts would use up the tokens of the answer
+    )
+
+
 @dataclass(frozen=True)
 class Reader:
     """How text becomes tokens of one checkpoint.
@@ -68,13 +78,7 @@ class Reader:
             return list(sample.prompt)
         if not self.chat:
             return self.encode(sample.prompt + (" " + sample.prefix if sample.prefix else ""))
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # of Qwen3: its thoughts would use up the tokens of the answer
-        )
-        return self.encode(text + sample.prefix)
+        return self.encode(in_template(self.tokenizer, sample.prompt) + sample.prefix)
 
     def target_ids(self, sample: Sample) -> list[int]:
         """The continuation whose likelihood is measured."""

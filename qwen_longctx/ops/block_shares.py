@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from qwen_longctx.ops.device import uses_triton
-from qwen_longctx.ops.row_lse import row_logits
+from qwen_longctx.ops.row_lse import joint_lse, row_logits
 from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LOG2E, ROWS_AT_A_TIME, on_its_device, tl, triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
+
+Pool = Literal["max", "mean"]
+
+
+def joint_shares(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    *,
+    rows: int,
+    per_block: int,
+    scale: float,
+    pool: Pool = "max",
+) -> torch.Tensor:
+    """`block_shares` of one set of queries over several sets of keys, side by side: the shares of all sum to 1.
+
+    `parts` are ``(q, k, limits)``, as `joint_lse` takes them.
+    """
+    lse = joint_lse(parts, scale=scale)
+    return torch.cat(
+        [
+            block_shares(q, k, lse, limits, rows=rows, per_block=per_block, scale=scale, pool=pool)
+            for q, k, limits in parts
+        ],
+        dim=3,
+    )
 
 
 def block_shares(
@@ -24,7 +49,7 @@ def block_shares(
     rows: int,
     per_block: int,
     scale: float,
-    pool: Literal["max", "mean"] = "max",
+    pool: Pool = "max",
 ) -> torch.Tensor:
     """Softmax shares of keys or of means of keys, summed by block: the largest or the mean over the rows of a tile.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from qwen_longctx.sparsity.observer import Observer
 from qwen_longctx.sparsity.record import SpanRecord, SparseState
-from qwen_longctx.sparsity.request import Request, check_budgets, make_request, pays, plan_request, rule_name
+from qwen_longctx.sparsity.request import Request, check_budgets, make_request, plan_request, rule_for, rule_name
 from qwen_longctx.sparsity.rules import RULES
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
@@ -26,7 +26,7 @@ __all__ = [
     "SparseState",
     "check_budgets",
     "make_request",
-    "pays",
     "plan_request",
+    "rule_for",
     "rule_name",
 ]

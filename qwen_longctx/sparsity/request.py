@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ _DENSE_TILES = 2
 # Operations of dense attention in a layer for one span, from which on choosing keys takes less time than it saves. On
 # an H100 choosing costs the host some 6 ms a span and layer: too much for a 0.5B at 65,536 tokens (2.9e12), and worth
 # it for the same at 131,072 (5.8e12) and for a 7B at 32,768 (7.7e12)
-_PAYS = 4e12
+_WORTH_IT = 4e12
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,6 @@ def plan_request(
 ) -> Request | None:
     """The sparse prefill of one forward; None where it is dense. Says once that sparse prefill is on.
 
-    "auto" is dense, too, where attention is so little work that choosing keys would take longer.
-
     Parameters
     ----------
     settings : LongContextConfig
@@ -135,20 +133,39 @@ def plan_request(
     FileNotFoundError
         There are no such budgets.
     """
-    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
-        return None
-    name = rule_name(settings, device, dtype, head_dim(model_config))
+    heads = cache(heads)
+    name = rule_for(settings, model_config, heads=heads, device=device, dtype=dtype, length=length)
     if name is None:
         return None
-    held = heads()
-    if settings.sparse == "auto" and not pays(settings, length, held.query * head_dim(model_config)):
-        return None
-    request = make_request(name, settings, model_config, held, state, length, observer)
+    request = make_request(name, settings, model_config, heads(), state, length, observer)
     _warn_once(
         f"Sparse prefill ({name}) is on for prompts of more than {settings.sparse_attention_threshold} tokens: "
         'attention is approximate there, and cache.report() tells how much of it was kept. sparse="off" is exact.'
     )
     return request
+
+
+def rule_for(
+    settings: LongContextConfig,
+    model_config: Any,
+    *,
+    heads: Callable[[], Heads],
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+) -> str | None:
+    """The rule by which a prompt of `length` tokens is prefilled; None is dense.
+
+    "auto" is dense, too, where attention is so little work that choosing keys would take longer. Arguments and errors
+    as in `plan_request`.
+    """
+    if settings.sparse == "off" or length <= settings.sparse_attention_threshold:
+        return None
+    width = head_dim(model_config)
+    name = rule_name(settings, device, dtype, width)
+    if name is not None and settings.sparse == "auto" and not _pays(settings, length, heads().query * width):
+        return None
+    return name
 
 
 def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -176,10 +193,10 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
     return None if kernel == "reference" else "block_scores"
 
 
-def pays(settings: LongContextConfig, length: int, width: int) -> bool:
+def _pays(settings: LongContextConfig, length: int, width: int) -> bool:
     """Whether choosing keys saves time on a prompt of `length` tokens; queries have `width` numbers in all heads."""
     span = min(length, settings.stride, settings.prefill_chunk_size)
-    return 2 * length * span * width >= _PAYS
+    return 2 * length * span * width >= _WORTH_IT
 
 
 def check_budgets(settings: LongContextConfig, model_config: Any) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 from qwen_longctx.errors import InvalidValue, MissingFile
+from qwen_longctx.evaluation.packages import run_file
 from qwen_longctx.evaluation.task import Task
 
 FILES: tuple[str, ...] = ("ruler", "aa_lcr", "graphwalks", "infinitebench", "needles", "texts")
@@ -58,11 +57,7 @@ def find(names: Sequence[str], judge: Callable[[str], str] | None = None) -> lis
 def _of_file(path: str) -> tuple[Task, ...]:
     if not Path(path).is_file():
         raise MissingFile(f"there is no file {path}: name a task, or a Python file that defines TASKS")
-    spec = spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tasks = getattr(module, "TASKS", ())
+    tasks = getattr(run_file(Path(path), Path(path).stem), "TASKS", ())
     if not tasks or not all(isinstance(task, Task) for task in tasks):
         raise InvalidValue(f"{path} defines no tasks: give it TASKS, a tuple of qwen_longctx.evaluation.task.Task")
     return tuple(tasks)

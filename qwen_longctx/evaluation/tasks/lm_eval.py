@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,14 +43,10 @@ class _Function(NamedTuple):
 @lru_cache
 def _module(path: Path) -> ModuleType:
     """A Python file beside a task definition, without the package around it."""
-    spec = spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        return packages.run_file(path, f"{path.parent.name}_{path.stem}")
     except ImportError as error:
         raise MissingPackage(f"this task of lm-eval needs another package: {error}") from error
-    return module
 
 
 def form(name: str) -> Format:

