@@ -56,7 +56,7 @@ def attention_forward(
     kv: Store | Tensors = Tensors(k, v)
     if past_key_values is not None:
         kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
-    held = _held(kv)
+    held = kv.room()[0]
     if held.shape[1] < dual_chunk.length:
         raise PatchConflict(
             f"attention was given {held.shape[1]} of {dual_chunk.length} keys: the cache was dropped on the way, as "
@@ -66,14 +66,6 @@ def attention_forward(
     out = cast(dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
-
-
-def _held(kv: Store | Tensors) -> torch.Tensor:
-    """All keys, with the free room behind them."""
-    if isinstance(kv, Tensors):
-        return kv.k
-    assert kv.buffers is not None
-    return kv.buffers[0]
 
 
 def registered_attention(

@@ -13,6 +13,7 @@ from qwen_longctx.geometry.layout import Layout, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
 from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.store import ALL_ROWS, KeyValues
+from qwen_longctx.ops.decode import decode
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.gradients import Part, merged_attention
 from qwen_longctx.ops.merge import merge
@@ -48,6 +49,8 @@ def attend(
     torch.Tensor
         Shape and dtype of `q`; zero at padding.
     """
+    if layout.reach is not None:
+        return decode(q, *kv.room(), layout.reach, scale=scale)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)

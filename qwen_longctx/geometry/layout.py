@@ -16,8 +16,10 @@ import torch
 
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue
+from qwen_longctx.geometry import step
 from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables
+from qwen_longctx.ops.decode import Reach, why_not
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -83,6 +85,11 @@ class Call:
         """
         return max(position + 1, min(row.last, self.prompt) - row.first)
 
+    def temperature(self, row: Extent, position: int, settings: LongContextConfig) -> float:
+        """``f²`` of a query of a row."""
+        by_position = settings.attention_temperature == "position"
+        return settings.temperature(position + 1 if by_position else self.temperature_length(row, position))
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -120,6 +127,8 @@ class Layout:
         Attention weights are asked for.
     sparse : sparsity.Request, optional
         Sparse prefill of this forward.
+    reach : Reach, optional
+        Of a forward that runs `ops.decode` over all rows and segments at once; it has no groups.
     attended : list of int
         Numbers of the layers whose attention has used this layout, in order.
     """
@@ -132,6 +141,7 @@ class Layout:
     mode: Mode = "prefill"
     weights: bool = False
     sparse: Any = None
+    reach: Reach | None = None
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
@@ -143,7 +153,8 @@ class Layout:
         if self.tables.keys.cos.device == device:
             return self
         if device not in self._moved:
-            self._moved[device] = replace(self, tables=self.tables.to(device), _moved={})
+            reach = None if self.reach is None else self.reach.to(device)
+            self._moved[device] = replace(self, tables=self.tables.to(device), reach=reach, _moved={})
         return self._moved[device]
 
 
@@ -360,6 +371,10 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
+    kind = device, dtype, 2 * len(rotary.inv_freq), stop - start
+    if call.cached and mode != "train" and not weights and sparse is None and not why_not(settings.kernel, *kind):
+        keys, reach = step.lay_out(call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device)
+        return Layout((), False, RotaryTables.of_keys(keys), settings.kernel, stop, mode, reach=reach)
     groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)
@@ -407,19 +422,14 @@ def _groups(
             border = row.last - row.first - dense_end
             cut = min(max(at, border), to)
             parts = spans(at, cut, settings.stride) + spans(cut, to, settings.stride)
-            ends = [_temperature(call, row, position, settings) for position in (at, to - 1)]
+            # it never falls with the position, so equal ends say that it is constant
+            ends = [call.temperature(row, position, settings) for position in (at, to - 1)]
             one = ends[0] if ends[0] == ends[1] else 1.0
             queries = slice(first - start, last - start)
             groups.append(RowGroup(slice(begin, end), queries, row.first, parts, one, border))
         varying += [ends[0] != ends[1]] * (end - begin)
         begin = end
     return groups, varying if any(varying) else []
-
-
-def _temperature(call: Call, row: Extent, position: int, settings: LongContextConfig) -> float:
-    """``f²`` of a query; it never falls with the position, so equal ends of a range say that it is constant there."""
-    by_position = settings.attention_temperature == "position"
-    return settings.temperature(position + 1 if by_position else call.temperature_length(row, position))
 
 
 def _query_factors(

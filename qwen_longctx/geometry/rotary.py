@@ -5,6 +5,7 @@ Positions never exceed ``chunk_size``, and angles are computed in float64, so ta
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -115,6 +116,13 @@ class RotaryTables:
             every = positions[:1, :1] if factors is None else positions
             self.queries["inter"] = table(query_positions("inter", every, stride, chunk_size), factor=factors)
 
+    @classmethod
+    def of_keys(cls, keys: Rotation) -> RotaryTables:
+        """The rotation of keys alone, of a forward whose queries have theirs in a `Reach`."""
+        tables = object.__new__(cls)
+        tables.keys, tables.queries, tables._factors = keys, {}, None
+        return tables
+
     def selection(self, kind: Kind, positions: torch.Tensor, rows: slice, tokens: slice) -> Rotation:
         """Rotation of queries that only select keys of one kind of segment.
 
@@ -133,8 +141,7 @@ class RotaryTables:
 
     def to(self, device: torch.device) -> RotaryTables:
         """The same tables on another device."""
-        moved = object.__new__(RotaryTables)
-        moved._table, moved._geometry = self._table, self._geometry
+        moved = copy(self)
         moved._factors = None if self._factors is None else self._factors.to(device, non_blocking=True)
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {

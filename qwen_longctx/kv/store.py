@@ -1,6 +1,6 @@
 """Keys and values of one layer: tokens in, segments of keys and values out. Knows no transformers.
 
-Attention asks for `segment` and `key_means` only, so another kind of store needs no second attention.
+Attention asks for `segment`, `room` and `key_means` only, so another kind of store needs no second attention.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
+    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything."""
+
     def key_means(self, size: int) -> torch.Tensor:
         """Means of every `size` keys of all rows, shape (batch, keys // size, kv_heads, head_dim)."""
 
@@ -33,6 +36,10 @@ class Tensors(NamedTuple):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`."""
         return _part(self.k, start, stop, rows), _part(self.v, start, stop, rows)
+
+    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `KeyValues`."""
+        return self.k, self.v
 
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`."""
@@ -136,6 +143,11 @@ class Store:
         """See `KeyValues`. Views of the buffers."""
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
+
+    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `KeyValues`. The buffers."""
+        assert self.buffers is not None
+        return self.buffers
 
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`. Each mean is worked out once."""

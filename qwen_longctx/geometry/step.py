@@ -1,0 +1,69 @@
+"""A decoding step: a few new tokens of every row, and where they look, worked out in whole numbers on the host.
+
+All of it goes to the device in two small transfers that nobody waits for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwen_longctx.config import LongContextConfig
+from qwen_longctx.geometry.positions import Kind, spans
+from qwen_longctx.geometry.rotary import Rotation, rotation
+from qwen_longctx.ops.decode import SEGMENTS, Reach
+
+if TYPE_CHECKING:
+    from qwen_longctx.geometry.layout import Call, Extent, RotarySource
+
+_KINDS: tuple[Kind, ...] = ("intra", "successive", "inter")
+_NOWHERE = [0] * (3 * SEGMENTS)  # of padding: rotary positions, then the borders of the segments
+
+
+def lay_out(
+    call: Call,
+    start: int,
+    stop: int,
+    *,
+    settings: LongContextConfig,
+    rotary: RotarySource,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Rotation, Reach]:
+    """The rotation of the keys of a decoding step, and the reach of its queries. Arguments as in `make_layout`."""
+    rows = call.rows if len(set(call.rows)) > 1 else call.rows[:1]
+    numbers = [[_numbers(row, index, settings) for index in range(start, stop)] for row in rows]
+    heats = [[_heat(call, row, index, settings) for index in range(start, stop)] for row in rows]
+    table = _on(device, numbers, torch.int32)
+    heat = _on(device, heats, torch.float32)
+    positions = table[..., :SEGMENTS].permute(2, 0, 1)
+    borders = table[..., SEGMENTS:].unflatten(-1, (SEGMENTS, 2))
+    cos, sin = rotation(positions.flatten(0, 1), rotary.inv_freq, rotary.attention_scaling, dtype)
+    cos, sin = (x.unflatten(0, (SEGMENTS, -1)) for x in (cos, sin))
+    if len(rows) < len(call.rows):
+        borders, heat = (x.repeat(len(call.rows), *[1] * (x.ndim - 1)) for x in (borders, heat))
+    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat)
+
+
+def _numbers(row: Extent, index: int, settings: LongContextConfig) -> list[int]:
+    """Rotary positions of a token towards the segments, the first of which is that of its key, and their borders."""
+    if not row.first <= index < row.last:
+        return _NOWHERE
+    position = index - row.first
+    within, stride = position % settings.stride, settings.stride
+    rotary = [within, min(within + stride, settings.chunk_size), settings.chunk_size]
+    segments = {kind: (first, last) for kind, first, last in spans(position, position + 1, stride)[0].segments}
+    return rotary + [row.first + border for kind in _KINDS for border in segments.get(kind, (0, 0))]
+
+
+def _heat(call: Call, row: Extent, index: int, settings: LongContextConfig) -> float:
+    """``f²`` of a token; 1 at padding."""
+    return call.temperature(row, index - row.first, settings) if row.first <= index < row.last else 1.0
+
+
+def _on(device: torch.device, values: list[list[list[int]]] | list[list[float]], dtype: torch.dtype) -> torch.Tensor:
+    """Numbers on a device. From pinned memory, or the host would wait for the device."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,0 +1,344 @@
+"""Attention of a few new tokens to all keys: every segment of dual chunk attention in one pass over the cache.
+
+Decoding is bound by reading keys and values. So the query heads that share keys are packed into one tile, which reads
+each key once; the keys of all segments together are split evenly over the device; and where the segments lie is read
+from the device's memory, so that nothing is compiled or planned anew while a sequence grows.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from qwen_longctx.ops.device import HALF, cast, check_dtypes, older_than, uses_triton
+from qwen_longctx.ops.rotate import rotate
+from qwen_longctx.ops.triton_runtime import AVAILABLE, on_its_device, tl, triton
+
+MOST_TOKENS = 8  # new tokens of a row; more are a prefill, which is bound by arithmetic
+SEGMENTS = 3
+_MOST_SPLITS = 128  # parts that are joined at once
+_FEWEST_KEYS = 128  # of a part: shorter ones cost more to join than they save
+_PROGRAMS_A_PROCESSOR = 2  # resident at once: one loads while the other computes
+_ROW_BYTES = 1 << 14  # of the packed queries of a tile
+_LEAST_SHARED = 99 << 10  # of a program, in bytes, on any device of compute capability 8.0 and newer
+_SCRATCH = 6 << 10  # shared memory beside keys and values
+_CAPABILITY = (8, 0)  # older devices lack asynchronous copies, without which it is no faster
+
+
+class Reach(NamedTuple):
+    """Where the queries of a decoding step look, all of it in the memory of their device.
+
+    Attributes
+    ----------
+    cos, sin : torch.Tensor
+        Shape (3, 1 or batch, tokens, 1, head_dim), any float dtype: the rotation of each query towards the keys of each
+        segment, as `rotate` takes them.
+    ranges : torch.Tensor
+        Shape (batch, tokens, 3, 2), int32: the keys ``[start, stop)`` of each segment that a query attends to, as
+        indices in the cache. Empty where ``start >= stop``; segments of one query are disjoint.
+    heat : torch.Tensor
+        Shape (batch, tokens), float32: factor on the logits of each query.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    ranges: torch.Tensor
+    heat: torch.Tensor
+
+    def to(self, device: torch.device) -> Reach:
+        """The same on another device."""
+        return Reach(*(x.to(device, non_blocking=True) for x in self))
+
+
+def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> str:
+    """Why a decoding step does not take `decode`; empty if it does.
+
+    Parameters
+    ----------
+    setting : str
+        The setting `kernel`: "sdpa" and "reference" ask for engines of that name.
+    device, dtype, head_dim
+        Of the queries.
+    tokens : int
+        New tokens of a row.
+    """
+    if setting in ("sdpa", "reference"):
+        return f"kernel is {setting!r}"
+    if tokens > MOST_TOKENS:
+        return f"takes up to {MOST_TOKENS} tokens, not {tokens}"
+    if dtype not in (*HALF, torch.float32):
+        return f"takes no {dtype}"
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        return f"takes head dims from 16 to 256 in steps of 8, not {head_dim}"
+    if not AVAILABLE:
+        return "needs Triton"
+    return older_than(device, _CAPABILITY)
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, scale: float) -> torch.Tensor:
+    """Attention of a few queries to the keys of all segments, one softmax over all of them.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Shape (batch, tokens, heads, head_dim), not rotated.
+    k, v : torch.Tensor
+        Shape (batch, room, kv_heads, head_dim) of the dtype of `q`, keys rotated. What lies outside of all ranges, the
+        free room of a cache for example, is not read and may hold anything.
+    reach : Reach
+    scale : float
+        Softmax scale without the attention temperature.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape and dtype of `q`; zero for a query without keys. Sums run in float32 at least.
+
+    Raises
+    ------
+    TypeError
+        Queries, keys and values are of different dtypes.
+    """
+    check_dtypes(q, k, v)
+    if uses_triton(q, k, v):
+        return decode_triton(q, k, v, reach, scale=scale)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    index = torch.arange(k.shape[1], device=k.device)
+    start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
+    inside = (index >= start) & (index < stop)
+    logits = torch.zeros((), dtype=exact, device=q.device)
+    for segment in range(SEGMENTS):
+        rotated = cast(rotate(q, reach.cos[segment], reach.sin[segment]), q.dtype).unflatten(2, (k.shape[2], -1))
+        some = torch.einsum("btngd,bsnd->bngts", rotated.to(exact), k.to(exact))
+        logits = some.where(inside[..., segment, :], logits)
+    logits = logits * (reach.heat[:, None, None, :, None].to(exact) * scale)
+    logits = logits.masked_fill(~inside.any(-2), -torch.inf)
+    weights = torch.exp(logits - logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(exact).min))
+    values = v.to(exact).where(inside.any(-2).any(3)[:, 0, 0, :, None, None], 0.0)
+    return torch.einsum("bngts,bsnd->btngd", weights, values).flatten(2, 3).to(q.dtype)
+
+
+class Sizes(NamedTuple):
+    """How the kernel is cut: packed query rows and keys of a tile, warps, and stages of the pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def sizes(shared: int, itemsize: int, head_dim: int, rows: int) -> Sizes:
+    """Sizes for `rows` packed query rows, so that two programs lie in a multiprocessor's shared memory at once.
+
+    Parameters
+    ----------
+    shared : int
+        Shared memory that one program may have, in bytes.
+    itemsize : int
+        Bytes of a number of the keys.
+    head_dim, rows : int
+    """
+    width = max(16, triton.next_power_of_2(head_dim)) * itemsize
+    tile = max(16, min(64, _ROW_BYTES // width, triton.next_power_of_2(rows)))
+    room = shared // _PROGRAMS_A_PROCESSOR - _SCRATCH
+    keys = next((keys for keys in (64, 32) if 4 * keys * width <= room), 16)
+    stages = max(2, min(4, 1 + room // (2 * keys * width)))  # the last one computes from registers
+    return Sizes(tile, keys, 4 if tile * width <= 1 << 13 else 8, stages)
+
+
+@lru_cache  # asked for each layer
+def _fitting(device: torch.device, itemsize: int, head_dim: int, rows: int) -> tuple[Sizes, int]:
+    """Sizes for a device, and the programs that fill it."""
+    shared, processors = _LEAST_SHARED, 1
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_block_optin", shared)  # torch 2.6 does not tell
+        processors = properties.multi_processor_count
+    return sizes(shared, itemsize, head_dim, rows), processors * _PROGRAMS_A_PROCESSOR
+
+
+def split_count(programs: int, owners: int, room: int) -> int:
+    """Parts that the keys of every owner (a KV head of a row, and a tile of its queries) are cut into.
+
+    Chosen from what the cache has room for, in powers of 2 where it is short: neither a growing sequence nor one of
+    another length compiles anything anew.
+    """
+    return max(1, min(programs // owners, triton.next_power_of_2(triton.cdiv(room, _FEWEST_KEYS)), _MOST_SPLITS))
+
+
+@on_its_device
+def decode_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    reach: Reach,
+    *,
+    scale: float,
+    by: Sizes | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """See `decode`: a launch over the splits of all keys, and a small one that joins them.
+
+    `by` and `splits`, up to 128, are for comparing sizes; left out, they are what fits the device.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    rows, owners = tokens * group, batch * kv_heads
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    fitting, programs = _fitting(q.device, q.element_size(), head_dim, rows)
+    by = by or fitting
+    tiles = triton.cdiv(rows, by.rows)
+    splits = splits or split_count(programs, owners * tiles, k.shape[1])
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    sums = torch.empty((splits, owners * rows, head_dim), dtype=torch.float32, device=q.device)
+    lses = torch.empty((splits, owners * rows), dtype=torch.float32, device=q.device)
+    cos, sin, ranges, heat = reach
+    dim = max(16, triton.next_power_of_2(head_dim))
+    _decode[(splits, owners, tiles)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        ranges,
+        heat,
+        sums,
+        lses,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        cos.stride(0),
+        cos.stride(1) if cos.shape[1] > 1 else 0,
+        cos.stride(2),
+        tokens,
+        kv_heads,
+        scale * math.log2(math.e),
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        DIM=dim,
+        ROWS=by.rows,
+        KEYS=by.keys,
+        num_warps=by.warps,
+        num_stages=by.stages,
+    )
+    _join[(owners * rows,)](
+        sums,
+        lses,
+        out,
+        tokens,
+        kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        DIM=dim,
+        SPLITS=splits,
+        ROOM=triton.next_power_of_2(splits),
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _decode(  # type: ignore[no-untyped-def]
+    q, k, v, cos, sin, ranges, heat, sums, lses,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,
+    tokens, kv_heads, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    split, owner = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (owner // kv_heads).to(tl.int64), owner % kv_heads
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    within = row < tokens * GROUP
+    token = row // GROUP
+    dim = tl.arange(0, DIM)
+    real = dim < HEAD_DIM
+    spot = batch * tokens + token
+    # the keys that any of the queries attends to, all segments one after another, are cut evenly
+    total = 0
+    for segment in tl.static_range(3):
+        start = tl.load(ranges + spot * 6 + 2 * segment, mask=within, other=0)
+        stop = tl.load(ranges + spot * 6 + 2 * segment + 1, mask=within, other=0)
+        least = tl.min(tl.where(start < stop, start, 2147483647), 0)
+        most = tl.max(tl.where(start < stop, stop, 0), 0)
+        total += tl.maximum(most - least, 0)
+    part = tl.cdiv(tl.cdiv(total, tl.num_programs(0)), KEYS) * KEYS
+    first = split * part
+    last = tl.minimum(first + part, total)
+    heated = tl.load(heat + spot, mask=within, other=0.0) * scale
+    q += batch * q_batch + kv_head * GROUP * q_head
+    q_spot = token[:, None].to(tl.int64) * q_token + (row % GROUP)[:, None] * q_head
+    k += batch * k_batch + kv_head * k_head
+    v += batch * v_batch + kv_head * v_head
+    table = batch * t_batch + token[:, None] * t_token + dim[None, :]
+    turned = (dim + HEAD_DIM // 2) % HEAD_DIM
+    highest = tl.full((ROWS,), -float("inf"), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, DIM), tl.float32)
+    before = 0
+    for segment in range(3):
+        start = tl.load(ranges + spot * 6 + 2 * segment, mask=within, other=0)
+        stop = tl.load(ranges + spot * 6 + 2 * segment + 1, mask=within, other=0)
+        least = tl.min(tl.where(start < stop, start, 2147483647), 0)
+        count = tl.maximum(tl.max(tl.where(start < stop, stop, 0), 0) - least, 0)
+        begin = least + tl.minimum(tl.maximum(first - before, 0), count)
+        end = least + tl.minimum(tl.maximum(last - before, 0), count)
+        before += count
+        inside = within[:, None] & real[None, :]
+        plain = tl.load(q + q_spot + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(q + q_spot + turned[None, :], mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
+        rotated = (plain * c + other * s).to(q.dtype.element_ty)
+        for here in range(begin, end, KEYS):
+            at = here + tl.arange(0, KEYS)
+            near = at < end
+            spots = k + at[None, :].to(tl.int64) * k_token + dim[:, None]
+            keys = tl.load(spots, mask=near[None, :] & real[:, None], other=0.0)
+            logits = tl.dot(rotated, keys, input_precision="ieee") * heated[:, None]
+            seen = (at[None, :] >= start[:, None]) & (at[None, :] < stop[:, None]) & near[None, :]
+            logits = tl.where(seen, logits, -float("inf"))
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            safe = tl.where(higher == -float("inf"), 0.0, higher)
+            shrink = tl.exp2(highest - safe)
+            weights = tl.exp2(logits - safe[:, None])
+            norm = norm * shrink + tl.sum(weights, 1)
+            spots = v + at[:, None].to(tl.int64) * v_token + dim[None, :]
+            values = tl.load(spots, mask=near[:, None] & real[None, :], other=0.0)
+            result = result * shrink[:, None]
+            result += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            highest = higher
+    divisor = tl.where(norm > 0, norm, 1.0)
+    spot = (split * tl.num_programs(1) + owner).to(tl.int64) * (tokens * GROUP) + row
+    tl.store(
+        sums + spot[:, None] * HEAD_DIM + dim[None, :], result / divisor[:, None], mask=within[:, None] & real[None, :]
+    )
+    tl.store(lses + spot, tl.where(norm > 0, highest + tl.log2(divisor), -float("inf")), mask=within)
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    sums, lses, out, tokens, kv_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0)
+    dim = tl.arange(0, DIM)
+    real = dim < HEAD_DIM
+    split = tl.arange(0, ROOM)
+    spot = split.to(tl.int64) * tl.num_programs(0) + at
+    lse = tl.load(lses + spot, mask=split < SPLITS, other=-float("inf"))
+    highest = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
+    norm = tl.sum(weights, 0)
+    parts = tl.load(
+        sums + spot[:, None] * HEAD_DIM + dim[None, :], mask=(split < SPLITS)[:, None] & real[None, :], other=0.0
+    )
+    result = tl.sum(parts * weights[:, None], 0) / tl.where(norm > 0, norm, 1.0)
+    row, owner = at % (tokens * GROUP), at // (tokens * GROUP)
+    batch, head = owner // kv_heads, owner % kv_heads * GROUP + row % GROUP
+    place = (batch * tokens + row // GROUP).to(tl.int64) * (kv_heads * GROUP) + head
+    tl.store(out + place * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=real)
