@@ -50,7 +50,7 @@ def attention_forward(
     q = self.q_proj(hidden_states).view(shape)
     k = self.k_proj(hidden_states).view(shape)
     v = self.v_proj(hidden_states).view(shape)
-    if hasattr(self, "q_norm"):
+    if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
     k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)

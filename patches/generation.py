@@ -58,23 +58,28 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
     begun = 1 if prompt is None else prompt.shape[1]
-    with _settings_kept(cache, settings, 0 if prompt is None or held else begun, begun + held * (begun <= held)):
+    announced, end = 0 if prompt is None or held else begun, begun + held * (begun <= held)
+    with _settings_kept(cache, settings, announced, end, custom=arguments.get("custom_generate") is not None):
         return patched.call(self, **arguments)
 
 
 @contextmanager
-def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end: int) -> Iterator[None]:
-    """All forwards of the block on `cache` run with `settings` and know where the prompt ends; the first its length."""
+def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end: int, custom: bool) -> Iterator[None]:
+    """All forwards of the block on `cache` run with `settings` and know where the prompt ends; the first its length.
+
+    `custom` says that the loop is not that of transformers.
+    """
     if cache is None:
         yield
         return
     state = sequence_of(cache)
     before = state.settings, state.prompt_end
     state.settings, state.prompt_end, state.announced = settings, end, announced
+    state.followed = None if custom else 0
     try:
         yield
     finally:
-        (state.settings, state.prompt_end), state.announced = before, 0
+        (state.settings, state.prompt_end), state.announced, state.followed = before, 0, None
 
 
 def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:

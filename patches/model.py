@@ -186,19 +186,26 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
         mode = "train"
     if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
         cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0)
+    held = held_tokens(cache)
+    # without it every token would wait for the device
+    trusted = mode == "decode" and state is not None and held > 0 and held == state.followed == state.length
     call = read_call(
         padding_mask(arguments.get("attention_mask")),
         arguments.get("position_ids"),
         batch=inputs.shape[0],
         tokens=inputs.shape[1],
-        cached=held_tokens(cache),
+        cached=held,
         known=origins_of(cache),
         announced=0 if state is None else state.announced,
+        trusted=trusted and not torch.compiler.is_compiling(),
     )
+    if state is not None and state.followed is not None:
+        state.followed = call.end if mode == "decode" and call.goes_on else 0
     check_ids(inputs, base.config.vocab_size, mode)
     weights = _asked(model.config, arguments, "output_attentions")
     sparse = None
-    if mode == "prefill" and not weights:
+    drafts = state is not None and state.prompt_end is not None and held >= state.prompt_end
+    if mode == "prefill" and not weights and not drafts:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
     return Run(call, settings, mode, cache, inputs.device, weights, sparse)
 

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from qwen_longctx.ops.block_shares import _block_shares
 from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
+from qwen_longctx.ops.decode import _decode, _join
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.rotate import _rotate
@@ -69,6 +70,26 @@ KERNELS = [
         _rotate,
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
+    ),
+    *(
+        (
+            _decode,
+            {
+                **{name: f"*{dtype}" for name in ("q", "k", "v", "cos", "sin")},
+                **{"ranges": "*i32", "heat": "*fp32", "sums": "*fp32", "lses": "*fp32", "scale": "fp32"},
+            },
+            {"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys},
+        )
+        for dtype, head_dim, dim, rows, keys in (
+            ("bf16", 128, 128, 16, 64),
+            ("bf16", 80, 128, 64, 64),
+            ("fp32", 256, 256, 16, 16),
+        )
+    ),
+    (
+        _join,
+        {"sums": "*fp32", "lses": "*fp32", "out": "*bf16"},
+        {"GROUP": 7, "HEAD_DIM": 128, "DIM": 128, "SPLITS": 66, "ROOM": 128},
     ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]

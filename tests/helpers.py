@@ -14,6 +14,17 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
+from qwen_longctx.ops import triton_runtime
+
+if not triton_runtime.AVAILABLE:
+    NO_INTERPRETER = "needs Triton"
+elif torch.cuda.is_available():
+    NO_INTERPRETER = "the interpreter is for the CPU"
+elif Version(triton_runtime.triton.__version__) < Version("3.3"):
+    NO_INTERPRETER = "the interpreter of Triton before 3.3 lacks loops over lengths and one-bit numbers"
+else:
+    NO_INTERPRETER = ""
+INTERPRETED = pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GEOMETRY = {"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 64}
 CLASSES = {"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 
 import qwen_longctx
+from helpers import INTERPRETED
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.rotary import rotation
 from qwen_longctx.geometry.tiles import Tiles
@@ -23,15 +23,9 @@ from qwen_longctx.ops.merge import merge, merge_triton
 from qwen_longctx.ops.rotate import rotate, rotate_triton
 from qwen_longctx.ops.row_lse import row_lse, row_lse_triton
 
-triton = pytest.importorskip("triton", reason="needs Triton")
-NO_INTERPRETER = "the interpreter is for the CPU" if torch.cuda.is_available() else ""
-if Version(triton.__version__) < Version("3.3"):
-    NO_INTERPRETER = "the interpreter of Triton before 3.3 lacks loops over lengths and one-bit numbers"
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER)),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-KERNELS = ("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge")
+pytest.importorskip("triton", reason="needs Triton")
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = ("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join")
 HEADS = [(4, 2), (6, 1), (3, 3)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 

@@ -73,6 +73,11 @@ class Call:
         return cls((Extent(0, end),) * batch, cached, end, 0 if cached else end, (Origin(0),) * batch)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether every row ends with a real token, so that a generate can only go on with others."""
+        return all(row.last == self.end for row in self.rows)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(row.last - row.first for row in self.rows)
@@ -174,6 +179,7 @@ def read_call(
     cached: int,
     known: tuple[Origin, ...] = (),
     announced: int = 0,
+    trusted: bool = False,
 ) -> Call:
     """Read which tokens are real from what the caller gives, and check it. One transfer to the host, or none.
 
@@ -190,6 +196,9 @@ def read_call(
         Of the rows of the cache; empty if unknown.
     announced : int
         Length of the prompt, where the call that fills the cache brings more tokens than the prompt; else 0.
+    trusted : bool
+        All rows of the cache go on with real tokens, as those of a generate do: only the shapes of mask and positions
+        are looked at, and nothing is waited for.
 
     Raises
     ------
@@ -200,6 +209,10 @@ def read_call(
     end = cached + tokens
     prompt = 0 if cached else min(announced or end, end)
     mask = _checked_mask(attention_mask, batch, end)
+    if trusted and len(known) == batch:
+        if position_ids is not None:
+            _check_positions(position_ids, batch, tokens)
+        return Call(tuple(Extent(origin.first, end) for origin in known), cached, end, 0, known)
     if mask is None and position_ids is None:
         call = replace(Call.whole(batch, tokens, cached), prompt=prompt)
     else:

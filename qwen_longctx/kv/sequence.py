@@ -36,6 +36,9 @@ class Sequence:
         Settings of the `generate` in progress, which reads them once.
     prompt_end : int, optional
         Tokens held when the prompt of the `generate` in progress has passed; None outside of one.
+    followed : int, optional
+        Tokens held after the last decoded token of the `generate` in progress, if every row ends with it: the mask of
+        the next token is known then. Else 0; None outside of one, and in a loop of the caller's own.
     sparse : SparseState
         Budgets and records of sparse prefill.
     broken : str
@@ -49,6 +52,7 @@ class Sequence:
     announced: int = 0
     settings: Any = None
     prompt_end: int | None = None
+    followed: int | None = None
     sparse: SparseState = field(default_factory=SparseState)
     broken: str = ""
     prefill_tokens: int = 0

@@ -141,32 +141,38 @@ def sizes(shared: int, itemsize: int, head_dim: int, rows: int) -> Sizes:
         Bytes of a number of the keys.
     head_dim, rows : int
     """
-    width = max(16, triton.next_power_of_2(head_dim)) * itemsize
-    tile = max(16, min(64, _ROW_BYTES // width, triton.next_power_of_2(rows)))
+    width = _padded(head_dim) * itemsize
+    tile = min(64, _ROW_BYTES // width, _padded(rows))
     room = shared // _PROGRAMS_A_PROCESSOR - _SCRATCH
     keys = next((keys for keys in (64, 32) if 4 * keys * width <= room), 16)
     stages = max(2, min(4, 1 + room // (2 * keys * width)))  # the last one computes from registers
-    return Sizes(tile, keys, 4 if tile * width <= 1 << 13 else 8, stages)
-
-
-@lru_cache  # asked for each layer
-def _fitting(device: torch.device, itemsize: int, head_dim: int, rows: int) -> tuple[Sizes, int]:
-    """Sizes for a device, and the programs that fill it."""
-    shared, processors = _LEAST_SHARED, 1
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        shared = getattr(properties, "shared_memory_per_block_optin", shared)  # torch 2.6 does not tell
-        processors = properties.multi_processor_count
-    return sizes(shared, itemsize, head_dim, rows), processors * _PROGRAMS_A_PROCESSOR
+    return Sizes(max(16, tile), keys, 4 if tile * width <= 1 << 13 else 8, stages)
 
 
 def split_count(programs: int, owners: int, room: int) -> int:
     """Parts that the keys of every owner (a KV head of a row, and a tile of its queries) are cut into.
 
-    Chosen from what the cache has room for, in powers of 2 where it is short: neither a growing sequence nor one of
-    another length compiles anything anew.
+    Chosen from what the cache has room for, in powers of 2 where that is short, and never from the length of a
+    sequence: a sequence that grows compiles nothing.
     """
-    return max(1, min(programs // owners, triton.next_power_of_2(triton.cdiv(room, _FEWEST_KEYS)), _MOST_SPLITS))
+    return max(1, min(programs // owners, 1 << (-(-room // _FEWEST_KEYS) - 1).bit_length(), _MOST_SPLITS))
+
+
+@lru_cache  # asked for each layer
+def _cut(device: torch.device, itemsize: int, head_dim: int, rows: int, owners: int, room: int) -> tuple[Sizes, int]:
+    """Sizes for a device, and the number of splits that fills it."""
+    shared, processors = _LEAST_SHARED, 1
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = getattr(properties, "shared_memory_per_block_optin", shared)  # torch 2.6 does not tell
+        processors = properties.multi_processor_count
+    by = sizes(shared, itemsize, head_dim, rows)
+    return by, split_count(processors * _PROGRAMS_A_PROCESSOR, owners * -(-rows // by.rows), room)
+
+
+def _padded(count: int) -> int:
+    """`count` as a side of a tile: a power of 2 from 16 on."""
+    return max(16, 1 << (count - 1).bit_length())
 
 
 @on_its_device
@@ -191,16 +197,14 @@ def decode_triton(
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    fitting, programs = _fitting(q.device, q.element_size(), head_dim, rows)
-    by = by or fitting
-    tiles = triton.cdiv(rows, by.rows)
-    splits = splits or split_count(programs, owners * tiles, k.shape[1])
+    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, k.shape[1])
+    by, splits = by or fitting, splits or filling
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sums = torch.empty((splits, owners * rows, head_dim), dtype=torch.float32, device=q.device)
     lses = torch.empty((splits, owners * rows), dtype=torch.float32, device=q.device)
     cos, sin, ranges, heat = reach
-    dim = max(16, triton.next_power_of_2(head_dim))
-    _decode[(splits, owners, tiles)](
+    dim = _padded(head_dim)
+    _decode[(splits, owners, -(-rows // by.rows))](
         q,
         k,
         v,
@@ -237,7 +241,7 @@ def decode_triton(
         HEAD_DIM=head_dim,
         DIM=dim,
         SPLITS=splits,
-        ROOM=triton.next_power_of_2(splits),
+        ROOM=1 << (splits - 1).bit_length(),
         num_warps=4,
     )
     return out
