@@ -67,7 +67,7 @@ def test_doctor(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
-@pytest.mark.parametrize("what", ["attention", "stock", "headline", "speed"])
+@pytest.mark.parametrize("what", ["attention", "stock", "headline", "speed", "decode"])
 def test_bench(what, tmp_path, capsys):
     output = tmp_path / "bench.json"
     tokens = 1000 if what == "speed" else 300
@@ -75,6 +75,10 @@ def test_bench(what, tmp_path, capsys):
     found = json.loads(output.read_text())
     (row,) = found["rows"]
     assert row["tokens"] == tokens and found["shape"] == "tiny"
+    if what == "decode":
+        assert row["kv_bytes"] == 300 * 2 * 2 * 2 * 16 * 2
+        assert min(row[f"{name}_ms"] for name in ("patched", "stock", "attention_pass", "attention_segments")) > 0
+        assert len(row["seconds"]["patched"]) == 3 * 15
     if what == "headline":
         assert row["new_tokens"] == 32 and row["kv_cache_bytes"] == 332 * 2 * 2 * 2 * 16 * 2
     if what == "speed":

@@ -633,7 +633,7 @@ def random_command(source, folder):
     name = source.choice(list(OPTIONS))
     words = [name]
     if name == "bench":
-        words += [source.choice(["attention", "stock", "mlp", "headline", "speed"]), "--tiny"]
+        words += [source.choice(["attention", "stock", "mlp", "headline", "speed", "decode"]), "--tiny"]
     if name == "plot":
         words += source.choice([[str(BUNDLED / "config.json")], ["nothing.json"], [str(folder)]])
     for option, values in OPTIONS[name].items():

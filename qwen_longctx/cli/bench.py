@@ -9,12 +9,14 @@ from typing import Any
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
 from qwen_longctx.errors import InvalidValue, Unsupported
 
-_OF_SPEED = ("density", "dense_layers", "whole_up_to")
+_OPTIONS = {"density": ("speed",), "dense_layers": ("speed",), "whole_up_to": ("speed", "decode")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
-    parser.add_argument("what", choices=["attention", "stock", "mlp", "headline", "speed"], help="what to measure")
+    parser.add_argument(
+        "what", choices=["attention", "stock", "mlp", "headline", "speed", "decode"], help="what to measure"
+    )
     add_lengths(parser, "tokens of the prompts", required=False)
     parser.add_argument("--density", type=share, help="speed: share of the blocks kept, instead of one by length")
     parser.add_argument(
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whole-up-to",
         type=at_least_zero,
-        help="speed: longest stock run, and dense run as it is; 131072 by default",
+        help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
@@ -40,10 +42,12 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.evaluation.environment import write_results
     from qwen_longctx.evaluation.files import check_writable
 
-    options = {name: getattr(args, name) for name in _OF_SPEED if getattr(args, name) is not None}
-    if options and args.what != "speed":
-        name = next(iter(options)).replace("_", "-")
-        raise InvalidValue(f"--{name} is an option of bench speed, got bench {args.what}: leave it out")
+    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    for name in options:
+        if args.what not in _OPTIONS[name]:
+            owners = " and ".join(_OPTIONS[name])
+            option = name.replace("_", "-")
+            raise InvalidValue(f"--{option} is an option of bench {owners}, got bench {args.what}: leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise Unsupported("bench needs a CUDA device for the shape of Qwen2.5-7B: add --tiny to try the command here")

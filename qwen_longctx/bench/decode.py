@@ -1,0 +1,198 @@
+"""A decoded token by the memory that it reads: through plain generate, and its attention alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import DynamicCache, Qwen2ForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen
+from qwen_longctx.attention.dense import attend
+from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.timing import timed
+from qwen_longctx.geometry.layout import Call, Layout, Origin, RotarySource, make_layout
+from qwen_longctx.kv.sequence import transaction
+from qwen_longctx.patches.method import cache_argument
+
+LENGTHS = (4096, 32768, 131072, 524288, 1_000_000)
+_AT_A_TIME = 65536  # tokens that are drawn at once
+_HEAD_START = 100_000_000  # cycles that the device waits, so that launches are queued and only their work is timed
+_READ = 1 << 32  # bytes of the reduction that measures the bandwidth
+
+
+@torch.no_grad()
+def measure(
+    lengths: list[int],
+    device: torch.device,
+    tiny: bool = False,
+    whole_up_to: int = 131072,
+    rounds: int = 3,
+    new_tokens: int = 16,
+) -> Iterator[dict[str, Any]]:
+    """Seconds of a decoded token after a cache of random keys and values, one row, beside the bytes that it reads.
+
+    Bytes are those of keys, values and weights without the embeddings. The bandwidth is that of a sum over a tensor in
+    the same process; the share of a token is the time in which its bytes could be read, over the time that it took.
+    Stock transformers runs SDPA on its own cache, which copies itself for every token. Every kind runs one round to
+    warm up, then rounds in turns; medians are over all tokens but the first of each round.
+
+    "attention" is that of all layers alone: `pass` in one pass over the cache, `segments` by an engine a segment.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Tokens in the cache.
+    device : torch.device
+    tiny : bool
+        A toy shape.
+    whole_up_to : int
+        Longest cache for stock transformers.
+    rounds, new_tokens : int
+    """
+    model = random_model(device, tiny)
+    bandwidth = _bandwidth(device)
+    embeddings = model.get_input_embeddings().weight
+    weights = sum(x.numel() * x.element_size() for x in model.parameters()) - embeddings.numel() * embeddings.itemsize
+    for length in lengths:
+        row: dict[str, Any] = {
+            "tokens": length,
+            "new_tokens": new_tokens,
+            "read_gb_per_second": round(bandwidth / 1e9, 1),
+        }
+        ours = _our_cache(model, length, new_tokens, device)
+        caches = {"patched": ours}
+        held = sum(x.numel() * x.element_size() for layer in ours.layers for x in (layer.keys, layer.values))
+        row |= {"weight_bytes": weights, "kv_bytes": held}
+        if length <= whole_up_to:
+            caches["stock"] = _stock_cache(ours)
+        seconds = _tokens(model, caches, length, rounds, new_tokens)
+        del caches
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            row[f"{name}_ms"] = round(1e3 * median, 3)
+            row[f"{name}_share_of_bandwidth"] = round((weights + held) / bandwidth / median, 4)
+        for name, values in _attention(model, ours, length, device, rounds).items():
+            median = statistics.median(values)
+            row[f"attention_{name}_ms"] = round(1e3 * median, 4)
+            row[f"attention_{name}_share_of_bandwidth"] = round(held / bandwidth / median, 4)
+        row["seconds"] = {name: [round(value, 6) for value in values] for name, values in seconds.items()}
+        yield row
+        del ours
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second of a plain sum, the best of ten."""
+    x = torch.ones((_READ if device.type == "cuda" else 1 << 22) // 4, device=device)
+    seconds = [timed(x.sum, device) for _ in range(10)]
+    return x.numel() * x.element_size() / min(seconds)
+
+
+def _our_cache(model: Qwen2ForCausalLM, length: int, new_tokens: int, device: torch.device) -> LongContextCache:
+    """A cache as a prompt of `length` tokens leaves it, of random numbers."""
+    config, settings = model.config, LongContextConfig.from_model_config(model.config)
+    shape = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    cache = LongContextCache(length + new_tokens + 1)
+    with transaction(cache, (settings.chunk_size, settings.local_size), (Origin(0),)):
+        for layer in range(config.num_hidden_layers):
+            for start in range(0, length, _AT_A_TIME):
+                drawn = 2, 1, min(_AT_A_TIME, length - start), *shape
+                k, v = torch.randn(drawn, device=device, dtype=model.dtype)
+                cache.append(k, v, layer)
+    return cache
+
+
+def _stock_cache(ours: LongContextCache) -> DynamicCache:
+    cache = DynamicCache()
+    for number, layer in enumerate(ours.layers):
+        cache.update(layer.keys.contiguous(), layer.values.contiguous(), number)
+    return cache
+
+
+class _Clock(BaseStreamer):
+    """Seconds between tokens, each of which is on the host when it counts."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate at the end."""
+
+    def seconds(self) -> list[float]:
+        """Of all tokens but the first, which comes with the beginning of generate."""
+        return [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+
+
+def _tokens(
+    model: Qwen2ForCausalLM, caches: dict[str, Any], length: int, rounds: int, new_tokens: int
+) -> dict[str, list[float]]:
+    """Seconds of decoded tokens by kind of cache; each cache holds `length` tokens afterwards."""
+    ids = torch.randint(1, model.config.vocab_size, (1, length + 1), device=model.device)
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    for number in range(rounds + 1):
+        for name, cache in caches.items():
+            clock = _Clock()
+            with patched_qwen(model) if name == "patched" else nullcontext():
+                model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    do_sample=False,
+                    streamer=clock,
+                    **cache_argument(cache),
+                )
+            cache.crop(length - cache.get_seq_length())
+            seconds[name] += clock.seconds() if number else []
+    return seconds
+
+
+def _attention(
+    model: Qwen2ForCausalLM, cache: LongContextCache, length: int, device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of the attention of all layers for one token, nothing else of the model, and no time of the host."""
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    q = torch.randn(1, 1, config.num_attention_heads, head_dim, device=device, dtype=model.dtype)
+    rotary = RotarySource(model.model.rotary_emb.inv_freq, 1.0)
+    call = Call.whole(1, 1, length - 1)
+
+    def all_layers(layout: Layout) -> Callable[[], None]:
+        def run() -> None:
+            for number, layer in enumerate(cache.layers):
+                attend(q, layer.store, layout, head_dim**-0.5, number)
+
+        return run
+
+    runs = {}
+    for name, kernel in (("pass", "auto"), ("segments", "sdpa")):
+        settings = LongContextConfig.from_model_config(config, kernel=kernel, sparse="off")
+        how = {"settings": settings, "rotary": rotary, "dtype": model.dtype, "device": device}
+        runs[name] = all_layers(make_layout(call, length - 1, length, mode="decode", **how))
+        runs[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(2 * rounds):
+        for name, run in runs.items():
+            seconds[name].append(_queued(run, device))
+    return seconds
+
+
+def _queued(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds that the device works on `run`: it waits first, until all of it is queued."""
+    if device.type != "cuda":
+        return timed(run, device)
+    torch.cuda._sleep(_HEAD_START)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(stop) / 1000
