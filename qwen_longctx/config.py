@@ -197,7 +197,7 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
         `recall_target` is given too.
     kernel : {"auto", "fa4", "flex", "sdpa", "reference"}
         Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
-        dense attention as "sdpa" does, which takes no block lists.
+        dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
 
     Raises
     ------

@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> None:
 
     from qwen_longctx import ops, patches
     from qwen_longctx.evaluation.environment import environment
-    from qwen_longctx.ops import norm
+    from qwen_longctx.ops import decode, norm
     from qwen_longctx.ops.engines import dense
 
     about = environment()
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     for device in devices:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         long, short = (dense(torch.empty(1, tokens, 1, 128, device=device, dtype=dtype)).name for tokens in (4096, 1))
+        if not decode.why_not("auto", device, dtype, 128, 1):
+            short = "one Triton kernel for all segments"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{device} ({name}): prefill runs on {long}, decode on {short} ({_why(long)})")
         reasons = ops.why_not(device, dtype, 128, 128)
