@@ -63,9 +63,17 @@ def attention_forward(
             "gradient checkpointing does. Train without past_key_values, or without gradient checkpointing"
         )
     q = cast(q, held.dtype)
-    out = cast(dense.attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
+    in_graph = dual_chunk.reach is None or not torch.compiler.is_compiling()
+    attend = dense.attend if in_graph else _attend_outside_of_graphs
+    out = cast(attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return self.o_proj(out), weights
+
+
+# the launch of a decoding step is cut for the device by the host, which a graph has no use for
+@torch.compiler.disable
+def _attend_outside_of_graphs(*arguments: Any) -> torch.Tensor:
+    return dense.attend(*arguments)
 
 
 def registered_attention(

@@ -345,6 +345,21 @@ def test_generate_gives_the_same_tokens(family, how, one_pass, monkeypatch):
     assert found == tokens_of(model, ids, mask, do_sample=False, **how)
 
 
+def test_a_compiled_model(one_pass, monkeypatch):
+    model = patch_qwen(tiny_model(head_dim=16))
+    ids = torch.randint(1, 97, (2, 94))
+
+    def logits(run):
+        with torch.no_grad():
+            cache = cache_of(model(ids, use_cache=True))
+            return run(ids[:, :1], **cache_argument(cache)).logits
+
+    found = logits(torch.compile(model, backend="eager"))
+    assert one_pass
+    monkeypatch.setattr(layouts, "why_not", why_not)
+    torch.testing.assert_close(found, logits(model), atol=1e-5, rtol=1e-5)
+
+
 def test_a_foreign_cache_is_read_as_it_is(one_pass):
     """Static, dynamic: with free room behind the tokens or none."""
     model = tiny_model(head_dim=16)

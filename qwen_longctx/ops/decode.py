@@ -104,8 +104,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, s
     """
     check_dtypes(q, k, v)
     if uses_triton(q, k, v):
-        run = _outside_of_graphs if torch.compiler.is_compiling() else decode_triton
-        return run(q, k, v, reach, scale=scale)
+        return decode_triton(q, k, v, reach, scale=scale)
     exact = torch.promote_types(q.dtype, torch.float32)
     index = torch.arange(k.shape[1], device=k.device)
     start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
@@ -246,9 +245,6 @@ def decode_triton(
         num_warps=4,
     )
     return out
-
-
-_outside_of_graphs = torch.compiler.disable(decode_triton)
 
 
 @triton.jit
