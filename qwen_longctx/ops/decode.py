@@ -73,9 +73,9 @@ def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"takes no {dtype}"
     if head_dim % 8 or not 16 <= head_dim <= 256:
         return f"takes head dims from 16 to 256 in steps of 8, not {head_dim}"
-    if not AVAILABLE:
-        return "needs Triton"
-    return older_than(device, _CAPABILITY)
+    if lack := older_than(device, _CAPABILITY):
+        return lack
+    return "" if AVAILABLE else "needs Triton"
 
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, scale: float) -> torch.Tensor:
