@@ -66,4 +66,4 @@ def _on(device: torch.device, values: list[list[list[int]]] | list[list[float]],
     """Numbers on a device. From pinned memory, or the host would wait for the device."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)
