@@ -338,6 +338,25 @@ def test_quality_of_needles():
         assert [name.strip("`") for name, *_ in table[1:]] == list(NEEDLES)
 
 
+def test_time_by_density():
+    """Between the measured ends of speed_h200.json, in a straight line."""
+    measured, seconds = {row["tokens"]: row for row in rows_of("speed_h200.json")}, {}
+    table = table_of("", "131,072 tokens")
+    for label, *cells in table:
+        for length, cell in zip((131_072, 524_288, 1_000_000), cells, strict=True):
+            row = measured[length]
+            fast, dense, known = row["sparse_seconds"], row["dense_seconds"], row["density"]
+            share = re.match(r"(\d+) %", label)
+            density = int(share[1]) / 100 if share else 1.0 if label == "dense" else known
+            found = fast + (dense - fast) * (density - known) / (1 - known)
+            assert agrees(cell.removesuffix(" s"), found), (label, length, found)
+            seconds[density, length] = cell
+    assert len(table) == 4
+    readme = re.sub(r"\s+", " ", README.read_text())
+    once, million = (seconds[0.28, length].removesuffix(" s") for length in (131_072, 1_000_000))
+    assert f"With 28 % the figures above give {once} seconds there, and {million} at a million" in readme
+
+
 def test_dense_against_yarn(main_rows, main_lines):
     page = re.sub(r"\s+", " ", QUALITY.read_text())
     ruler = [100 * main_lines["ruler_*", n, mode].score.mean for n in BEYOND for mode in ("dense", "yarn")]
