@@ -251,9 +251,9 @@ def read(make: Callable[[int], Any], folder: Any, model: Any, settings: LongCont
 
 def _found(folder: Any) -> Path:
     path = _path(folder)
-    if path.exists() and not path.is_dir():
-        raise InvalidValue(f"{folder} is a file: name the folder that a prefix was saved to")
     try:
+        if path.exists() and not path.is_dir():
+            raise InvalidValue(f"{folder} is a file: name the folder that a prefix was saved to")
         with (path / FILE_NAME).open("rb"):
             return path / FILE_NAME
     except OSError as error:
@@ -425,7 +425,10 @@ def _crc(text: str) -> str:
 
 def _record(sparse: SparseState) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """What sparse prefill recalled and the budgets that it steered, as two flat tensors and what belongs to them."""
-    records = [(r.layer, r.start, r.stop, r.kernel, float(r.kept), r.pairs, r.recall.shape) for r in sparse.records]
+    records = [
+        (r.layer, r.start, r.stop, r.kernel, float(r.kept), r.pairs, str(r.recall.dtype), r.recall.shape)
+        for r in sparse.records
+    ]
     budgets = [(rule, layer, len(budget)) for (rule, layer), budget in sparse.budgets.items()]
     recall = _flat([r.recall for r in sparse.records])
     return recall, _flat(list(sparse.budgets.values())), {"records": records, "dense": sparse.dense, "budgets": budgets}
@@ -445,10 +448,11 @@ def _restore(
 ) -> None:
     """Put back what `_record` took, on the devices of the layers."""
     numbers = [shape[0] * shape[1] for *_, shape in record["records"]]
-    parts = recall.float().split(numbers) if numbers else ()
-    for (layer, start, stop, kernel, kept, pairs, shape), part in zip(record["records"], parts, strict=True):
+    parts = recall.split(numbers) if numbers else ()
+    dtypes = {str(dtype): dtype for dtype in _DTYPES}
+    for (*where, kernel, kept, pairs, dtype, shape), part in zip(record["records"], parts, strict=True):
         kept_blocks = torch.tensor(kept, dtype=torch.float64, device="cpu")
-        sparse.records.append(SpanRecord(layer, start, stop, kernel, part.view(shape), kept_blocks, pairs))
+        sparse.records.append(SpanRecord(*where, kernel, part.to(dtypes[dtype]).view(shape), kept_blocks, pairs))
     sparse.dense = [DenseRecord(*entry) for entry in record["dense"]]
     sizes = [size for *_, size in record["budgets"]]
     for (rule, layer, _), part in zip(record["budgets"], budgets.float().split(sizes) if sizes else (), strict=True):
