@@ -162,10 +162,13 @@ def test_offloaded_and_dispatched_models(folder):
     offloaded = copy.deepcopy(plain)
     accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
     assert next(offloaded.parameters()).is_meta
+    on_disk = copy.deepcopy(plain)
+    accelerate.disk_offload(on_disk, folder.with_name("weights"), torch.device("cpu"), offload_buffers=True)
+    assert on_disk.model.rotary_emb.inv_freq.is_meta
     blocks = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")}
     device_map = {**blocks, "lm_head": "cpu"}
     mapped = accelerate.dispatch_model(copy.deepcopy(plain), device_map, main_device="cpu", force_hooks=True)
-    for other in (offloaded, mapped):
+    for other in (offloaded, on_disk, mapped):
         patch_qwen(other)
         loaded = LongContextCache.load(folder, other)
         assert loaded.layers[0].keys.device.type == "cpu" and same(loaded, wanted)

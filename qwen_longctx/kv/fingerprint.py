@@ -68,7 +68,7 @@ def fingerprint(base: Any) -> dict[str, Any]:
         "config": {name: getattr(base.config, name) for name in _FIELDS if getattr(base.config, name, None) is not None}
         | {"head_dim": Shape.of(base.config).head_dim, "rope_type": _rope_type(base.config)},
         "dtype": str(base.dtype),
-        "rotary": [float(rotary.attention_scaling), *rotary.inv_freq.tolist()],
+        "rotary": [float(rotary.attention_scaling), *_loaded(rotary, "inv_freq", rotary.inv_freq).tolist()],
         "adapters": _adapters(base),
         "weights": _digests(base),
     }
@@ -133,10 +133,10 @@ def _digests(base: nn.Module) -> dict[str, str]:
     return found
 
 
-def _loaded(module: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter, or what accelerate has put aside for it: it leaves a tensor without data then."""
+def _loaded(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter or buffer, or what accelerate has put aside for it: it leaves a tensor without data then."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    return weights[name] if parameter.is_meta and weights is not None else parameter
+    return weights[name] if tensor.is_meta and weights is not None else tensor
 
 
 def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:
