@@ -164,7 +164,7 @@ def test_offloaded_and_dispatched_models(folder):
     assert next(offloaded.parameters()).is_meta
     on_disk = copy.deepcopy(plain)
     accelerate.disk_offload(on_disk, folder.with_name("weights"), torch.device("cpu"), offload_buffers=True)
-    assert on_disk.model.rotary_emb.inv_freq.is_meta
+    assert next(on_disk.parameters()).is_meta
     blocks = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")}
     device_map = {**blocks, "lm_head": "cpu"}
     mapped = accelerate.dispatch_model(copy.deepcopy(plain), device_map, main_device="cpu", force_hooks=True)
@@ -456,6 +456,38 @@ def test_other_weights_of_the_same_shape_are_refused(model, folder):
             LongContextCache.load(folder, model)
         parameter.copy_(before)
     assert LongContextCache.load(folder, model)
+
+
+@torch.no_grad()
+def test_quantised_weights_and_compiled_layers(folder):
+    """Quantised weights may be buffers; a layer in a wrapper of torch.compile is the same layer."""
+    ours = patch_qwen(tiny_model())
+    ours.model.layers[1].mlp.register_buffer("qweight", torch.arange(100, dtype=torch.int32))
+    cache = filled(ours)
+    cache.save(folder)
+    ours.model.layers[0].mlp = torch.compile(ours.model.layers[0].mlp)
+    assert same(LongContextCache.load(folder, ours), cache)
+    ours.model.layers[1].mlp.qweight += 1
+    with pytest.raises(PatchConflict, match=r"its weights are others \(layers.1.mlp.qweight\)"):
+        LongContextCache.load(folder, ours)
+
+
+def test_quantised_models_of_torchao(folder):
+    torchao = pytest.importorskip("torchao.quantization")
+    make = getattr(torchao, "Int8WeightOnlyConfig", None) or torchao.int8_weight_only
+
+    def quantised(**config):
+        ours = tiny_model(**config)
+        torchao.quantize_(ours, make())
+        return patch_qwen(ours)
+
+    first = quantised()
+    cache = filled(first)
+    cache.save(folder)
+    assert same(LongContextCache.load(folder, quantised()), cache)
+    for other in (patch_qwen(tiny_model()), quantised(initializer_range=0.1)):
+        with pytest.raises(PatchConflict, match="its weights are others"):
+            LongContextCache.load(folder, other)
 
 
 def test_adapters_are_told_apart(folder):

@@ -32,6 +32,7 @@ _FIELDS = (
     "shared_expert_intermediate_size",
 )
 _SAMPLES = 64  # numbers of a weight
+_COMPILED = "_orig_mod."  # in the names of modules within one that torch.compile has wrapped
 _CLOSE = 1e-5  # frequencies worked out on another device or by another release differ by rounding
 
 
@@ -68,7 +69,7 @@ def fingerprint(base: Any) -> dict[str, Any]:
         "config": {name: getattr(base.config, name) for name in _FIELDS if getattr(base.config, name, None) is not None}
         | {"head_dim": Shape.of(base.config).head_dim, "rope_type": _rope_type(base.config)},
         "dtype": str(base.dtype),
-        "rotary": [float(rotary.attention_scaling), *_loaded(rotary, "inv_freq", rotary.inv_freq).tolist()],
+        "rotary": [float(rotary.attention_scaling), *rotary.inv_freq.tolist()],
         "adapters": _adapters(base),
         "weights": _digests(base),
     }
@@ -124,19 +125,27 @@ def _digests(base: nn.Module) -> dict[str, str]:
     """A digest of shape, dtype and some numbers of every weight, by its name."""
     found = {}
     for prefix, module in base.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, weight in _weights(module):
             digest = hashlib.sha256()
-            for part in _plain(_loaded(module, name, parameter)):
+            for part in _plain(_loaded(module, name, weight)):
                 digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
                 digest.update(_samples(part))
-            found[f"{prefix}.{name}"] = digest.hexdigest()[:16]
+            found[f"{prefix}.{name}".replace(_COMPILED, "")] = digest.hexdigest()[:16]
     return found
 
 
-def _loaded(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter or buffer, or what accelerate has put aside for it: it leaves a tensor without data then."""
+def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters of a module itself, and the buffers that checkpoints hold: quantised weights may be buffers."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _loaded(module: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, or what accelerate has put aside for it: it leaves a tensor without data then."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    return weights[name] if tensor.is_meta and weights is not None else tensor
+    return weights[name] if parameter.is_meta and weights is not None else parameter
 
 
 def _plain(weight: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -450,9 +450,10 @@ def _restore(
     numbers = [shape[0] * shape[1] for *_, shape in record["records"]]
     parts = recall.split(numbers) if numbers else ()
     dtypes = {str(dtype): dtype for dtype in _DTYPES}
-    for (*where, kernel, kept, pairs, dtype, shape), part in zip(record["records"], parts, strict=True):
-        kept_blocks = torch.tensor(kept, dtype=torch.float64, device="cpu")
-        sparse.records.append(SpanRecord(*where, kernel, part.to(dtypes[dtype]).view(shape), kept_blocks, pairs))
+    for (layer, start, stop, kernel, kept, pairs, dtype, shape), part in zip(record["records"], parts, strict=True):
+        blocks = torch.tensor(kept, dtype=torch.float64, device="cpu")
+        part = part.to(dtypes[dtype]).view(shape)
+        sparse.records.append(SpanRecord(layer, start, stop, kernel, part, blocks, pairs))
     sparse.dense = [DenseRecord(*entry) for entry in record["dense"]]
     sizes = [size for *_, size in record["budgets"]]
     for (rule, layer, _), part in zip(record["budgets"], budgets.float().split(sizes) if sizes else (), strict=True):
