@@ -200,7 +200,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     sparse = None
     if mode == "prefill" and not weights:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
-    return Run(call, settings, mode, cache, inputs.device, weights, sparse)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base)
 
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_longctx.cli as cli
 from helpers import OLD_TRANSFORMERS, kill_when_written
-from qwen_longctx import patched_qwen
+from qwen_longctx import files, patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation import files, modes, passkey, quality
+from qwen_longctx.evaluation import modes, passkey, quality
 from qwen_longctx.evaluation.environment import write_results
 
 COMMANDS = [module.__name__.rpartition(".")[2] for module in cli._COMMANDS]

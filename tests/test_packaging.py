@@ -30,7 +30,7 @@ def test_ci_runs_the_oldest_releases_of_setup_cfg(name):
 
 
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"checkpoint", "config"},
     {"geometry", "ops"},
     {"sparsity", "kv"},
