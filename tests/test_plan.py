@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ TIGHT = [
     {"model": "qwen2.5-7b-1m", "tokens": 10**6, "gpu": "24GB"},
     {"model": "qwen2.5-7b-1m", "tokens": 10**6, "gpu": "76GB", "mlp_chunk_size": 4096},
     {"model": "qwen2.5-7b-1m", "tokens": 10**6, "gpu": "74.1GB"},
-    {"model": "qwen2.5-7b-1m", "tokens": 10**6, "gpu": "76.6GB", "prefill_chunk_size": 1024},
+    {"model": "qwen2.5-7b-1m", "tokens": 10**6, "gpu": "74.2GB", "prefill_chunk_size": 1024},
     {"model": "qwen2.5-0.5b", "tokens": 200_000, "gpu": "8GB", "batch": 7},
     {"model": "qwen3-30b-a3b", "tokens": 131_072, "gpu": "24GB", "gpus": 2},
     {"model": "qwen3-8b", "tokens": 40_000, "gpu": "24GB", "sparse": "off"},
@@ -386,6 +387,20 @@ def test_the_command_reads_a_checkpoint(capsys):
     assert main(["plan", str(BUNDLED), "--tokens", "4096", "--gpu", "24GB", *options]) == 0
     out = capsys.readouterr().out
     assert "3 x 4,096 tokens, float32, on the fullest of 2 cards" in out and "It fits" in out
+
+
+def test_the_plan_that_the_documents_show(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    command, _, shown = page.partition("```\n$ qwen-longctx ")[2].partition("```")[0].partition("\n")
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == shown
+    named = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text().partition("one of these shapes:")[2]
+    words = re.findall(r"`([\w.-]+)`", named.partition("\n\n")[0])
+    family = ""
+    for at, word in enumerate(words):
+        family = family if word.startswith("-") else word.partition("-")[0]
+        words[at] = family + word if word.startswith("-") else word
+    assert words == list(shapes.SHAPES)
 
 
 def test_a_folder_of_the_name_of_a_shape_is_meant(tmp_path, monkeypatch, capsys):
