@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -175,11 +176,11 @@ def plan(
 
 
 def _count(name: str, value: Any, largest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InvalidType(f"{name} must be a whole number, got {value!r:.40}")
-    if not 1 <= value <= largest:
+    if not 1 <= (count := int(value)) <= largest:
         raise InvalidValue(f"{name} must be from 1 to {largest:,}, got {value}")
-    return value
+    return count
 
 
 @dataclass(frozen=True)

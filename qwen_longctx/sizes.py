@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from fractions import Fraction
 
@@ -41,10 +42,10 @@ def parse_bytes(value: str | int) -> int:
 
 
 def _parse(value: str | int, units: dict[str, int], most: int, what: str, form: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
         raise InvalidType(f"{what} must be {form}, got {value!r:.40}")
-    if isinstance(value, int):
-        number = Fraction(value)
+    if not isinstance(value, str):
+        number = Fraction(int(value))
     else:
         found = _FORM.fullmatch(value.strip().lower())
         if found is None or found[2] not in units:

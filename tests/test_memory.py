@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen
 from qwen_longctx.bench.shapes import model_config
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import DoesNotFit, InvalidValue
+from qwen_longctx.geometry.positions import spans
 from qwen_longctx.kv.store import STEP
 from qwen_longctx.patches import room
-from qwen_longctx.prefill import memory
+from qwen_longctx.prefill import memory, peak
 from qwen_longctx.prefill.memory import Device, Need
 from qwen_longctx.prefill.peak import Prefill
 
@@ -31,7 +33,7 @@ def measured(name):
     """Tokens, and peak in bytes, of the rows of a results file of the 7B shape."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     found = [(row["tokens"], row.get("sparse_peak_allocated_bytes", row.get("peak_allocated_bytes"))) for row in rows]
-    return [(name, tokens, peak) for tokens, peak in found if peak is not None]
+    return [(name, tokens, most) for tokens, most in found if most is not None]
 
 
 SPARSE = [row for name in ("speed_h200", "speed", "before_after/speed_after") for row in measured(name)]
@@ -57,15 +59,15 @@ def test_enough_runs_were_measured():
     assert len(SPARSE) == 10 and len(DENSE) == 1
 
 
-@pytest.mark.parametrize(("name", "tokens", "peak"), SPARSE + DENSE)
-def test_measured_peaks(config, settings, name, tokens, peak):
+@pytest.mark.parametrize(("name", "tokens", "bytes_at_peak"), SPARSE + DENSE)
+def test_measured_peaks(config, settings, name, tokens, bytes_at_peak):
     """All of it within 1 %, and what lies beside weights and KV cache, which are sure, within 10 %."""
     new = 32 if name == "headline" else 1
     if name != "headline":
         settings = replace(settings, sparse="block_scores", sparse_attention_threshold=min(tokens - 1, 32767))
     found = memory.estimate(config, tokens + new, 1, BF16, settings)
-    assert found.total == pytest.approx(peak, rel=0.01)
-    beside = peak - found.weights - found.kv_cache
+    assert found.total == pytest.approx(bytes_at_peak, rel=0.01)
+    beside = bytes_at_peak - found.weights - found.kv_cache
     assert found.activations + found.selection == pytest.approx(beside, rel=0.1)
 
 
@@ -97,6 +99,29 @@ def test_chunks_that_the_stride_cuts(config, settings):
     assert 0.8 * whole < cut < whole
     tiny = replace(settings, chunk_size=128, local_size=32, prefill_chunk_size=10**15)
     assert Prefill(Shape.of(config), 10**15, 1, BF16, tiny).peak().total > 10**15
+
+
+def test_the_last_chunks_tell_the_peak_of_all(config, settings, monkeypatch):
+    """Of any geometry, chunk and prefix: found again by looking at every span of every chunk."""
+    source = random.Random(4)
+    shape = Shape.of(config)
+    for _ in range(150):
+        chunk = source.choice([256, 1024, 4096, 32_768, 262_144])
+        changed = replace(
+            settings,
+            chunk_size=chunk,
+            local_size=chunk // source.choice([2, 4, 8]),
+            prefill_chunk_size=source.choice([1000, 4096, 8192, 32_768, 50_000, 131_072]),
+            sparse=source.choice(["off", "block_scores"]),
+            sparse_attention_threshold=100,
+        )
+        tokens = int(10 ** source.uniform(2, 5))
+        run = Prefill(shape, tokens, 1, BF16, changed, source.choice([0, tokens // 3]))
+        found = run.peak().total
+        with monkeypatch.context() as patch:
+            patch.setattr(peak, "_CHUNKS_LOOKED_AT", 10**9)
+            patch.setattr(peak, "_longest_spans", spans)
+            assert found <= run.peak().total <= 1.005 * found
 
 
 def test_rows_count_one_by_one_and_padded_ones_more(config, settings):

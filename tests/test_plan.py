@@ -7,11 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
-from helpers import tiny_model
+from helpers import FAMILIES, tiny_model
 from qwen_longctx import memory, shapes, sizes
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import InvalidType, InvalidValue, Refused, Unsupported
@@ -146,7 +147,7 @@ def test_an_unknown_shape_is_refused():
         memory.plan("qwen9-1b", "1M", "24GB")
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_of_live_models(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
@@ -319,6 +320,11 @@ def test_short_prompts_and_many_rows():
 def test_experts_take_activations_of_all_tokens():
     experts, dense = (memory.plan(name, 200_000, sparse="off").memory for name in ("qwen3-30b-a3b", "qwen3-4b"))
     assert experts.activations > 4 * 32_768 * 8 * 2048 * 2 > dense.activations
+
+
+def test_numbers_of_other_libraries():
+    own, other = (memory.plan("qwen3-4b", n, n * 10**6, batch=n // 1000) for n in (2000, numpy.int64(2000)))
+    assert own == other and type(other.batch) is type(other.tokens) is type(other.gpu) is int
 
 
 def test_dtypes():

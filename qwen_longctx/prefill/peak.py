@@ -32,7 +32,7 @@ _EXPERT_COPIES = 4  # of every token for each of its experts: chosen, projected,
 _SCORED = 8  # bytes a pair: scores in float32, and once more as segments are joined
 _MASKED, _LISTED = 1, 4  # bytes a pair
 _WORKSPACE = 32 << 20  # that cuBLAS takes on Hopper
-_CHUNKS_LOOKED_AT = 4  # the last ones see the most keys; one of so many is cut at multiples of the stride least
+_CHUNKS_LOOKED_AT = 16  # the last ones see the most keys; of so many, one is cut where it costs the most
 
 
 class Peak(NamedTuple):
