@@ -62,7 +62,7 @@ def _check_room(model: Any, run: Run, loss: bool, logits_to_keep: Any, cut: bool
     if not loss and isinstance(logits_to_keep, int) and 0 < logits_to_keep < kept:
         kept = logits_to_keep
     elif not loss and isinstance(logits_to_keep, torch.Tensor):
-        kept = logits_to_keep.shape[-1]
+        kept = logits_to_keep.shape[-1] if logits_to_keep.ndim else 1
     row, size = len(run.call.rows) * model.config.vocab_size, model.dtype.itemsize
     last = (run.tokens - 1) % run.settings.prefill_chunk_size + 1 if cut else run.tokens
     # while the last chunk passes, those of the others are there; then all are joined, and a loss takes them in float32
