@@ -31,13 +31,13 @@ def test_ci_runs_the_oldest_releases_of_setup_cfg(name):
 
 LAYERS = (
     {"errors", "files"},
-    {"checkpoint", "config"},
+    {"checkpoint", "config", "shapes", "sizes"},
     {"geometry", "ops"},
     {"sparsity", "kv"},
     {"attention"},
     {"prefill"},
     {"patches"},
-    {"evaluation", "training"},
+    {"evaluation", "memory", "training"},
     {"bench", "cli"},
 )
 
