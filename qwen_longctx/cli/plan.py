@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx import memory
     from qwen_longctx.cli import checkpoint
     from qwen_longctx.evaluation.environment import write_results
-    from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.files import check_writable
     from qwen_longctx.shapes import SHAPES, known_config
 
     if args.json is not None:
