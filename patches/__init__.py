@@ -106,6 +106,18 @@ def current_overrides(model: nn.Module | None) -> dict[str, Any] | None:
     return next((dict(method.overrides) for method in methods if method is not None), None)
 
 
+def settings_of(model: nn.Module) -> LongContextConfig | None:
+    """The settings in force for a model. See `qwen_longctx.settings_of`."""
+    _check_model("settings_of", model)
+    for module in model.modules():
+        if any(family.owns(module) for family in FAMILIES):
+            method = patched_method(vars(module).get(slot_of(module, "forward"), type(module).forward))
+            valid = None if method is None else method.valid(module)
+            return None if valid is None else valid.settings(module.config)
+    known = ", ".join(family.prefix for family in FAMILIES)
+    raise InvalidType(f"{type(model).__name__} holds no model that can be patched: known families are {known}")
+
+
 @contextmanager
 def block(model: nn.Module | None, overrides: dict[str, Any]) -> Iterator[None]:
     """Patch for the length of a block, then restore what was there. See `qwen_longctx.patched_qwen`.

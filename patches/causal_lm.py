@@ -10,6 +10,7 @@ from transformers import modeling_utils
 from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.model import Forward, began_as_stock, begin, chunk_of, in_chunks, wanted_outputs, with_fields
+from qwen_longctx.patches.room import check_run
 from qwen_longctx.prefill.run import Run
 
 
@@ -26,9 +27,11 @@ def causal_lm_forward(
         return patched.call(self, labels=labels, logits_to_keep=logits_to_keep, **arguments)
     run = begin(patched, self, self.model, arguments)
     _check_labels(labels, run, self.config.vocab_size, arguments.get("ignore_index", -100))
+    cut = in_chunks(run, self.config, arguments)
+    _check_room(self, run, labels is not None, logits_to_keep, cut)
     arguments["past_key_values"] = run.cache
     with run.committed():
-        if in_chunks(run, self.config, arguments):
+        if cut:
             return _in_chunks(patched, self, run, labels, logits_to_keep, arguments)
         forward = Forward(run, run.call.cached, run.call.end)
         return patched.call(self, labels=labels, logits_to_keep=logits_to_keep, dual_chunk_forward=forward, **arguments)
@@ -51,6 +54,20 @@ def _check_labels(labels: Any, run: Run, vocabulary: int, ignored: int) -> None:
             f"labels hold {int(wrong[0])}, the model knows 0 to {vocabulary - 1}: "
             f"mark tokens without a label by {ignored}"
         )
+
+
+def _check_room(model: Any, run: Run, loss: bool, logits_to_keep: Any, cut: bool) -> None:
+    """Refuse a call that cannot fit, its logits counted."""
+    kept = run.tokens
+    if not loss and isinstance(logits_to_keep, int) and 0 < logits_to_keep < kept:
+        kept = logits_to_keep
+    elif not loss and isinstance(logits_to_keep, torch.Tensor):
+        kept = logits_to_keep.shape[-1] if logits_to_keep.ndim else 1
+    row, size = len(run.call.rows) * model.config.vocab_size, model.dtype.itemsize
+    last = (run.tokens - 1) % run.settings.prefill_chunk_size + 1 if cut else run.tokens
+    # while the last chunk passes, those of the others are there; then all are joined, and a loss takes them in float32
+    at_the_end = kept * row * ((2 if cut else 1) * size + 2 * 4 * loss)
+    check_run(model.model, run, cut, beside=max(0, kept - last) * row * size, at_the_end=at_the_end)
 
 
 def _in_chunks(

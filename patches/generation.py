@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
+from qwen_longctx.patches import room
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import (
     check_cache_type,
@@ -24,7 +24,6 @@ from qwen_longctx.patches.model import (
     no_batching,
     padding_mask,
 )
-from qwen_longctx.prefill import memory
 
 _STATIC = ("static", "offloaded_static")
 Configs = tuple[Any, ...]  # generation configs, the most binding first
@@ -47,14 +46,13 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     implementation = _option(configs, arguments, "cache_implementation")
     _check_cache_implementation(implementation, limit, settings)
     check_static_cache(cache, tokens, settings)
-    room = min(limit, tokens + STEP)  # the cache grows from there on
+    length = min(limit, tokens + STEP)  # the cache grows from there on
     uses_cache = _option(configs, arguments, "use_cache") is not False
-    if cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None:
-        rows = prompt.shape[0] * max(
-            _option(configs, arguments, "num_beams") or 1, _option(configs, arguments, "num_return_sequences") or 1
-        )
-        _check_memory(self, prompt, room, rows, settings)
-        cache = arguments["past_key_values"] = LongContextCache(room)
+    ours = cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None
+    if prompt is not None and (ours or cache is not None):
+        _check_memory(self, prompt, cache, length, settings, configs, arguments)
+    if ours:
+        cache = arguments["past_key_values"] = LongContextCache(length)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
     begun = 1 if prompt is None else prompt.shape[1]
@@ -169,13 +167,23 @@ def _check_cache_implementation(implementation: Any, length: int, settings: Long
         )
 
 
-def _check_memory(model: Any, prompt: torch.Tensor, length: int, rows: int, settings: LongContextConfig) -> None:
-    """Say before the start that a run cannot fit. Several devices share the work in ways only a run can tell."""
-    if prompt.device.type != "cuda" or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return
-    free, _ = torch.cuda.mem_get_info(prompt.device)
-    reusable = torch.cuda.memory_reserved(prompt.device) - torch.cuda.memory_allocated(prompt.device)
-    memory.check_fits(local_shape(model), length, rows, model.dtype, free + reusable, settings)
+def _check_memory(
+    model: Any,
+    prompt: torch.Tensor,
+    cache: Any,
+    length: int,
+    settings: LongContextConfig,
+    configs: Configs,
+    arguments: dict[str, Any],
+) -> None:
+    """Say before the start that a run of `length` tokens cannot fit."""
+    beams, sequences = (_option(configs, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    mask = padding_mask(arguments.get("attention_mask"))
+    padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
+    rows = prompt.shape[0] * max(beams, sequences)
+    room.check_room(
+        model.model, room.need_of(model.model, cache, length, rows, padded=padded, beams=beams > 1), settings
+    )
 
 
 def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:

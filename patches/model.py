@@ -16,6 +16,7 @@ from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
 from qwen_longctx.prefill.run import Run
 
@@ -43,9 +44,13 @@ def model_forward(
     if began_as_stock(arguments):
         return patched.call(self, **arguments)
     run = begin(patched, self, self, arguments)
+    cut = in_chunks(run, self.config, arguments)
+    # hidden states of all chunks are written to one tensor
+    hidden = cut * len(run.call.rows) * run.tokens * self.config.hidden_size * self.dtype.itemsize
+    check_run(self, run, cut, beside=hidden, at_the_end=hidden)
     arguments["past_key_values"] = run.cache
     with run.committed():
-        if not in_chunks(run, self.config, arguments):
+        if not cut:
             return _one_forward(patched, self, Forward(run, run.call.cached, run.call.end), arguments)
         return _in_chunks(patched, self, run, arguments)
 
@@ -207,7 +212,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     drafts = state is not None and state.prompt_end is not None and held >= state.prompt_end
     if mode == "prefill" and not weights and not drafts:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
-    return Run(call, settings, mode, cache, inputs.device, weights, sparse)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base)
 
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:

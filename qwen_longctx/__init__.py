@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwen_longctx.kv.hf_cache import LongContextCache
 
 __version__ = "0.1.0"
-__all__ = ["LongContextCache", "LongContextConfig", "patch_qwen", "patched_qwen", "unpatch_qwen"]
+__all__ = ["LongContextCache", "LongContextConfig", "patch_qwen", "patched_qwen", "settings_of", "unpatch_qwen"]
 
 _LATE = {"LongContextCache": "qwen_longctx.kv.hf_cache", "LongContextConfig": "qwen_longctx.config"}
 
@@ -61,6 +61,19 @@ def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
 
     patches.apply(model, overrides)  # type: ignore[arg-type]
     return model
+
+
+def settings_of(model: Any) -> LongContextConfig | None:
+    """The settings that `patch_qwen` has put in force for a model; None where it is not patched.
+
+    Raises
+    ------
+    TypeError
+        It is no model that can be patched.
+    """
+    from qwen_longctx import patches
+
+    return patches.settings_of(model)
 
 
 def unpatch_qwen(model: Any = None) -> None:

@@ -17,6 +17,7 @@ SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
 _UNBOUNDED_ROPE = ("dynamic", "longrope")
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
 _KV_HEADS = "num_key_value_heads"
+_EXPERTS = "num_experts_per_tok"
 
 
 class Heads(NamedTuple):
@@ -45,6 +46,8 @@ class Shape:
         Layers, query heads and key heads; of `local_shape` those of one process.
     head_dim, hidden, intermediate : int
         Numbers a head, and widths of the hidden states and of an MLP.
+    experts_a_token : int
+        Experts that every token passes through; 0 without experts.
     """
 
     layers: int
@@ -53,6 +56,7 @@ class Shape:
     head_dim: int
     hidden: int
     intermediate: int
+    experts_a_token: int = 0
 
     @classmethod
     def of(cls, config: Any, ranks: int = 1) -> Shape:
@@ -81,7 +85,8 @@ class Shape:
                 f"a head of the checkpoint has {dim} numbers, and rotary positions need an even number from 2 on: "
                 "correct head_dim, hidden_size or num_attention_heads in config.json"
             )
-        return cls(layers, heads // ranks, kv_heads // ranks, dim, hidden, -(-intermediate // ranks))
+        experts = _size(config, _EXPERTS) if getattr(config, _EXPERTS, None) is not None else 0
+        return cls(layers, heads // ranks, kv_heads // ranks, dim, hidden, -(-intermediate // ranks), experts)
 
 
 def _size(config: Any, name: str) -> int:

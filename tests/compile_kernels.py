@@ -31,8 +31,9 @@ KERNELS = [
             {**TILE, **sizes},
         )
         for sizes in (
-            {"PER_TILE": 8, "PER_BLOCK": 4, "MEAN": False},
-            {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "MEAN": True},
+            {"PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
+            {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 1, "MEAN": True},
+            {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 4, "MEAN": False},
         )
     ),
     (

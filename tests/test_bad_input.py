@@ -221,7 +221,7 @@ COMMANDS = [
     (["bench", "stock"], "bench needs a CUDA device"),
     (["bench", "mlp", "--tiny"], "bench mlp reads CUDA's memory statistics"),
     (["passkey", "--model", "no/such/folder", "--lengths", "1000"], "no/such/folder"),
-    (["plan", "--model", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
+    (["plan", "no/such/folder", "--tokens", "1000"], "no/such/folder"),
     ([*QUALITY, "--judged", "64", "--variants", "fast"], "sparse must be one of off, auto, block_scores"),
     ([*QUALITY, "--variants", "block_scores:density"], "a variant reads RULE or RULE:SETTING=VALUE"),
     ([*QUALITY, "--judged", "64", "--packages", "no_such_package"], "package 'no_such_package' is not installed"),
@@ -238,9 +238,7 @@ def test_commands(command, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command", [["plan", "--model", "x", "--tokens", "0"], ["bench", "everything"], [], ["demo", "now"]]
-)
+@pytest.mark.parametrize("command", [["plan", "x", "--tokens", "0"], ["bench", "everything"], [], ["demo", "now"]])
 def test_usage(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(command)

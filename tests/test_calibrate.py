@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import qwen_longctx.evaluation.calibrate as module
 from helpers import tiny_model
-from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx import LongContextCache, files, patched_qwen
 from qwen_longctx.checkpoint import Heads
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import InvalidType, InvalidValue, Refused, Unsupported
-from qwen_longctx.evaluation import files
 from qwen_longctx.evaluation.calibrate import Steps, calibrate, check
 from qwen_longctx.sparsity import budgets
 

@@ -51,7 +51,7 @@ def test_passkey_refuses_a_depth(capsys):
 
 
 def test_plan(capsys):
-    assert main(["plan", "--model", str(BUNDLED), "--tokens", "1000000"]) == 0
+    assert main(["plan", str(BUNDLED), "--tokens", "1000000"]) == 0
     assert "KV cache" in capsys.readouterr().out
 
 

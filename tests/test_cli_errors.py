@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qwen_longctx.cli as cli
 from helpers import OLD_TRANSFORMERS, kill_when_written
-from qwen_longctx import patched_qwen
+from qwen_longctx import files, patched_qwen
 from qwen_longctx.cli import BUNDLED, checkpoint, main
 from qwen_longctx.errors import InvalidValue
-from qwen_longctx.evaluation import files, modes, passkey, quality
+from qwen_longctx.evaluation import modes, passkey, quality
 from qwen_longctx.evaluation.environment import write_results
 
 COMMANDS = [module.__name__.rpartition(".")[2] for module in cli._COMMANDS]
@@ -237,7 +237,7 @@ def test_broken_checkpoints(broken, messages, copy, capsys):
 def test_plan_of_a_broken_config(broken, copy, capsys):
     """It loads no weights, and must find out by itself."""
     broken(copy)
-    assert "correct config.json" in refused(["plan", "--model", str(copy), "--tokens", "9"], capsys)
+    assert "correct config.json" in refused(["plan", str(copy), "--tokens", "9"], capsys)
 
 
 def test_budgets_that_are_not_there_are_told_before_a_model_is_loaded(copy, capsys, unloaded):
@@ -286,8 +286,9 @@ def test_weights_on_disk(tmp_path):
 @pytest.mark.parametrize("command", ["passkey", "quality", "calibrate", "plan"])
 def test_no_checkpoint(command, name, tmp_path, capsys, unloaded):
     rest = ["--tokens", "9"] if command == "plan" else ["--lengths", "9000"]
+    named = [name] if command == "plan" else ["--model", name]
     rest += ["--output", str(tmp_path / "x.json")] if command == "calibrate" else []
-    assert f"cannot load the config of {name!r}" in refused([command, "--model", name, *rest], capsys)
+    assert f"cannot load the config of {name!r}" in refused([command, *named, *rest], capsys)
 
 
 @pytest.mark.parametrize("place", ["banana", "cuda:77", "{", "", "meta"])
@@ -619,7 +620,19 @@ OPTIONS = {
         "--dense-layers": ["1", "2", "0", "x"],
         "--whole-up-to": ["0", "200", "-1", "x"],
     },
-    "plan": {"--model": MODELS, "--tokens": COUNTS, "--batch": COUNTS},
+    "plan": {
+        "--tokens": [*COUNTS, "1M", "512K", "1e3", "nan"],
+        "--gpu": ["24GB", "80 GiB", "80", "0GB", "-1GB", "nan", "1e30GB", ""],
+        "--gpus": ["1", "3", "0", "x", "9999999"],
+        "--batch": COUNTS,
+        "--prefill-chunk-size": COUNTS,
+        "--mlp-chunk-size": COUNTS,
+        "--sparse": ["off", "auto", "block_scores", "vertical_slash", "fast", ""],
+        "--block-size": COUNTS,
+        "--sparse-attention-threshold": COUNTS,
+        "--dtype": ["float32", "bfloat16", "int8"],
+        "--json": ["", ".", "plan.json", "no/folder/plan.json"],
+    },
     "plot": {"--output": ["", ".", "x.png", "x.docx", "no/folder.png"]},
     "doctor": {},
 }
@@ -634,6 +647,8 @@ def random_command(source, folder):
     words = [name]
     if name == "bench":
         words += [source.choice(["attention", "stock", "mlp", "headline", "speed", "decode"]), "--tiny"]
+    if name == "plan":
+        words += [source.choice(MODELS)]
     if name == "plot":
         words += source.choice([[str(BUNDLED / "config.json")], ["nothing.json"], [str(folder)]])
     for option, values in OPTIONS[name].items():

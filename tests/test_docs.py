@@ -12,7 +12,7 @@ import pytest
 
 from qwen_longctx import LongContextConfig
 from qwen_longctx.cli import main
-from qwen_longctx.evaluation.summary import summarize
+from qwen_longctx.evaluation.summary import Estimate, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -234,44 +234,143 @@ def test_quality_figures():
     assert len(table) == 17
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 3) -> str:
     """As the tables of differences show it."""
-    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
+    return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else f"{0:.{digits}f}"
 
 
-def test_figures_of_the_default():
-    """The two tables of the default in docs/sparse-prefill.md, and what README.md says of them."""
-    page, readme = ROOT / "docs" / "sparse-prefill.md", README.read_text()
-    rows = rows_of("eval_texts.json")
-    over = {(line.task, line.length): line.nll_over_base for line in summarize(rows) if line.mode == "sparse"}
-    (table,) = (t for t in tables(page) if t[0][0] == "text" and len(t[0]) == 3)
-    for name, *cells in table[1:]:
-        assert cells == [signed(over[name.strip("`"), length].mean) for length in (65_536, 131_072)], name
+def with_interval(estimate: Estimate, scale: int = 1, digits: int = 3) -> str:
+    return f"{signed(scale * estimate.mean, digits)} ± {scale * estimate.half:.{digits}f}"
+
+
+QUALITY = ROOT / "docs" / "quality.md"
+BEYOND = (65_536, 131_072)
+NEEDLES = ("multi_needle", "needles_one_of_many", "needles_chain", "infinitebench_kv")
+
+
+def evaluated(*names: str) -> list[dict]:
+    return rows_of(*(f"eval/{name}.json" for name in names))
+
+
+@pytest.fixture(scope="module")
+def main_rows() -> list[dict]:
+    groups = ("niah_single", "niah_multi", "ruler", "aa_lcr", "texts")
+    return evaluated(*(f"{group}_{length}" for length in (16_384, 32_768, *BEYOND) for group in groups))
+
+
+@pytest.fixture(scope="module")
+def main_lines(main_rows: list[dict]) -> dict:
+    return {(line.task, line.length, line.mode): line for line in summarize(main_rows)}
+
+
+def table_of(*head: str) -> list[list[str]]:
+    (found,) = (t for t in tables(QUALITY) if t[0][: len(head)] == list(head))
+    return found[1:]
+
+
+def kept(rows: list[dict], task: str, length: int, mode: str = "block_scores") -> float:
+    return mean(r["density"] for r in rows if (r["task"], r["length"], r["mode"]) == (task, length, mode))
+
+
+def test_quality_by_length(main_lines):
+    table = table_of("tokens", "mode")
+    for length, mode, ruler, ruler_nll, lcr, text in table:
+        of = {group: main_lines[group, int(number(length)), mode.strip("`")] for group in ("ruler_*", "aa_*", "text_*")}
+        score = of["ruler_*"].score
+        assert ruler == f"{100 * score.mean:.1f} ± {100 * score.half:.1f}", (length, mode)
+        assert [ruler_nll, lcr, text] == [f"{one.nll.mean:.3f}" for one in of.values()], (length, mode)
+    assert len(table) == 16
+
+
+def test_quality_of_sparse_prefill(main_rows, main_lines):
+    """The differences from dense attention, and what page and README.md say of them."""
+    page, readme = QUALITY.read_text(), README.read_text()
+    table, over = table_of("task", "65,536: points"), {}
+    for name, *cells in table:
+        lines = [main_lines[name.strip("`"), length, "block_scores"] for length in BEYOND]
+        wanted = [(signed(100 * x.score_over_base.mean, 1), with_interval(x.nll_over_base)) for x in lines]
+        assert cells == [cell for pair in wanted for cell in pair], name
+        over[name.strip("`")] = lines
+    assert len(table) == 16
+    means = [line.score_over_base for line in over.pop("ruler_*")]
+    assert "held: {} and {} points".format(*(with_interval(one, 100, 1) for one in means)) in page
+    changes = " and ".join(with_interval(one, 100, 1) for one in means)
+    assert f"RULER by {changes} points against dense attention" in re.sub(r"\s+", " ", readme)
+    missed = {
+        name: (line.score_over_base.mean, line.nll_over_base.mean) for name, (_, line) in over.items()
+    }  # at 131,072
+    assert {name for name, (score, _) in missed.items() if score < -0.05} == {"ruler_fwe", "ruler_niah_multivalue"}
+    assert {name for name, (_, nll) in missed.items() if nll > 0.05} == {"ruler_qa_squad", "aa_lcr"}
+    assert min(line.score_over_base.mean for line, _ in over.values()) >= -0.05
+    assert max(line.nll_over_base.mean for line, _ in over.values()) <= 0.05
+
+    before = {(x.task, x.length): x for x in summarize(evaluated("texts_before")) if x.mode == "sparse"}
+    table = table_of("text", "65,536")
+    for name, *cells in table:
+        texts = [main_lines[name.strip("`"), length, "block_scores"] for length in BEYOND]
+        texts += [before[name.strip("`"), length] for length in BEYOND]
+        assert cells == [signed(line.nll_over_base.mean) for line in texts], name
     assert len(table) == 14
-    worst = max(difference.mean for (name, _), difference in over.items() if not name.endswith("*"))
-    assert f"at most {worst:.3f} nats" in readme and f"more than {worst:.3f} worse" in page.read_text()
-    kept = [r["density"] for r in rows if r["mode"] == "sparse" and r["length"] == 131_072]
-    texts = [mean(kept[i : i + 2]) for i in range(0, len(kept), 2)]
-    assert f"{span([100 * share for share in texts], '.0f')} % of the blocks of those" in readme
+    names = [name.strip("`") for name, *_ in table[1:]]
+    worst = max(main_lines[name, n, "block_scores"].nll_over_base.mean for name in names for n in BEYOND)
+    assert f"at most {worst:.3f} nats" in readme and f"worst +{worst:.3f}" in page
+    shares = [100 * kept(main_rows, name, 131_072) for name in names]
+    assert f"{span(shares, '.0f')} % of the blocks of those" in readme
+    for length in BEYOND:
+        every = [100 * kept(main_rows, name, length) for name in (*names, *over)]
+        assert f"{span(every, '.0f')} % of the blocks at {length:,}" in page or f"{span(every, '.0f')} % at" in page
 
-    rows = rows_of("eval_needles_65536.json")
-    over = {(line.task, line.mode): line.nll_over_base for line in summarize(rows)}
-    (table,) = (t for t in tables(page) if t[0][:2] == ["task", "`block_scores`"])
-    for name, *cells in table[1:]:
-        task, found = name.strip("`"), []
-        for mode in ("sparse", "exact_shares"):
-            density = mean(r["density"] for r in rows if (r["task"], r["mode"]) == (task, mode))
-            found += [
-                f"{signed(over[task, mode].mean)} ± {over[task, mode].half:.3f}",
-                f"{density:.1%}".replace("%", " %"),
-            ]
-        assert cells == found, name
-    assert len(table) == 5
-    one = over["needles_one_of_many", "sparse"]
-    assert f"{one.mean:.2f} ± {one.half:.2f} nats on one code among" in readme
-    nll = {(r["task"], r["index"], r["mode"]): r["nll"] for r in rows}
-    apart = max(abs(x - nll[task, n, "dense"]) for (task, n, mode), x in nll.items() if mode == "exact_shares")
-    assert f"stay within {apart + 0.005:.2f} nats" in page.read_text()
+
+def test_quality_of_needles():
+    for length, others in ((65_536, 2), (131_072, 1)):
+        rows = evaluated(f"needles_{length}")
+        rows += [{**row, "mode": "before"} for row in evaluated(f"needles_{length}_before")]
+        rows += evaluated("needles_65536_exact") if length == 65_536 else []
+        modes = ["before", "block_scores", "block_scores:fidelity=careful", "exact_shares"][: 2 + others]
+        over = {(line.task, line.mode): line.nll_over_base for line in summarize(rows)}
+        (table,) = (t for t in tables(QUALITY) if t[0][:2] == ["task", "before"] and len(t[0]) == 1 + 2 * len(modes))
+        for name, *cells in table[1:]:
+            task, found = name.strip("`"), []
+            for mode in modes:
+                share = f"{kept(rows, task, length, mode):.1%}".replace("%", " %")
+                found += [with_interval(over[task, mode]), share]
+            assert cells == found, (name, length)
+        assert [name.strip("`") for name, *_ in table[1:]] == list(NEEDLES)
+
+
+def test_time_by_density():
+    """Between the measured ends of speed_h200.json, in a straight line."""
+    measured, seconds = {row["tokens"]: row for row in rows_of("speed_h200.json")}, {}
+    table = table_of("", "131,072 tokens")
+    for label, *cells in table:
+        for length, cell in zip((131_072, 524_288, 1_000_000), cells, strict=True):
+            row = measured[length]
+            fast, dense, known = row["sparse_seconds"], row["dense_seconds"], row["density"]
+            share = re.match(r"(\d+) %", label)
+            density = int(share[1]) / 100 if share else 1.0 if label == "dense" else known
+            found = fast + (dense - fast) * (density - known) / (1 - known)
+            assert agrees(cell.removesuffix(" s"), found), (label, length, found)
+            seconds[density, length] = cell
+    assert len(table) == 4
+    readme = re.sub(r"\s+", " ", README.read_text())
+    once, million = (seconds[0.28, length].removesuffix(" s") for length in (131_072, 1_000_000))
+    assert f"With 28 % the figures above give {once} seconds there, and {million} at a million" in readme
+
+
+def test_dense_against_yarn(main_rows, main_lines):
+    page = re.sub(r"\s+", " ", QUALITY.read_text())
+    ruler = [100 * main_lines["ruler_*", n, mode].score.mean for n in BEYOND for mode in ("dense", "yarn")]
+    assert "({:.1f} points against {:.1f}) and clearly worse at 131,072 ({:.1f} against {:.1f})".format(*ruler) in page
+    assert "{2:.1f} points of RULER against {3:.1f}".format(*ruler) in re.sub(r"\s+", " ", README.read_text())
+    over = {(line.task, line.length): line for line in summarize(main_rows, "yarn") if line.mode == "dense"}
+    within = [over[group, n] for group in ("text_*", "ruler_*") for n in (16_384, 32_768)]
+    texts = [-line.nll_over_base.mean for line in within[:2]]
+    points = [100 * line.score_over_base.mean for line in within[2:]]
+    assert "costs {:.2f} and {:.2f} nats on texts and {:.0f} and {:.0f} points".format(*texts, *points) in page
+    texts = [-over["text_*", n].nll_over_base.mean for n in BEYOND]
+    assert "{:.2f} nats at 65,536 tokens and {:.2f} at 131,072".format(*texts) in page
+    answers = [over["ruler_*", n].nll_over_base.mean for n in BEYOND]
+    assert "by {:.2f} and {:.2f} nats".format(*answers) in page
 
 
 def test_passkey_figures():

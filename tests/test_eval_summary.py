@@ -172,3 +172,10 @@ def test_the_plot_has_a_line_for_each_mode_with_intervals():
             (segments,) = bars.lines[2]
             tops = [segment[1][1] for segment in segments.get_segments()]
             assert tops == pytest.approx([one.mean + one.half for one in wanted])
+
+
+def test_the_plot_shows_no_axes_without_figures():
+    pytest.importorskip("matplotlib")
+    data = [row("text_a", "dense", index, nll=index / 2, length=256) for index in range(2)]
+    score, nll = plots.figures_by_length(data).axes
+    assert not score.get_visible() and nll.get_visible() and nll.get_title() == "text_a"

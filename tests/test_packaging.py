@@ -30,14 +30,14 @@ def test_ci_runs_the_oldest_releases_of_setup_cfg(name):
 
 
 LAYERS = (
-    {"errors"},
-    {"checkpoint", "config"},
+    {"errors", "files"},
+    {"checkpoint", "config", "shapes", "sizes"},
     {"geometry", "ops"},
     {"sparsity", "kv"},
     {"attention"},
     {"prefill"},
     {"patches"},
-    {"evaluation", "training"},
+    {"evaluation", "memory", "training"},
     {"bench", "cli"},
 )
 

@@ -92,10 +92,12 @@ def test_row_lse(device, heads, keys):
 @on_devices
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("pool", ["max", "mean"])
-@pytest.mark.parametrize(("rows", "per_block"), [(16, 4), (4, 2), (64, 1), (128, 128)])
+@pytest.mark.parametrize(("rows", "per_block"), [(16, 4), (4, 2), (64, 1), (128, 128), (256, 256)])
 def test_block_shares(device, heads, rows, per_block, pool):
-    q, means = draw(device, 2, 3 * rows, heads[0], 24), draw(device, 2, 83, heads[1], 24)
-    limits = torch.tensor([0, 40, 83], device=device).repeat_interleave(rows)
+    """Tiles and blocks of any power of two, also larger than one program takes."""
+    keys = 83 + 2 * (per_block if per_block > 64 else 0)
+    q, means = draw(device, 2, 3 * rows, heads[0], 24), draw(device, 2, keys, heads[1], 24)
+    limits = torch.tensor([0, 40, keys], device=device).repeat_interleave(rows)
     lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
     how = {"rows": rows, "per_block": per_block, "scale": 0.3, "pool": pool}
     close(block_shares_triton(q, means, lse, limits, **how), on_cpu(block_shares, q, means, lse, limits, **how))

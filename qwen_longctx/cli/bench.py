@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.bench.shapes import model_config
     from qwen_longctx.cli.checkpoint import check_room
     from qwen_longctx.evaluation.environment import write_results
-    from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.files import check_writable
 
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     for name in options:

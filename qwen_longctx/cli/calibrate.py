@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the budgets after every round, and print each round."""
     from qwen_longctx.cli import checkpoint
     from qwen_longctx.evaluation import calibrate, corpus, passkey
-    from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.files import check_writable
 
     check_writable(args.output)
     how = {name: getattr(args, name) for name in ("threshold", "step", "rounds") if getattr(args, name) is not None}

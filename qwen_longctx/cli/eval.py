@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.errors import InvalidValue
     from qwen_longctx.evaluation import judge, modes, results, runner, samples, summary, tasks
     from qwen_longctx.evaluation.environment import write_results
-    from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.files import check_writable
 
     if args.prepare and args.samples_in is None and args.output is None:
         raise InvalidValue("--prepare builds sample files: say where with --samples-in, or name the --output")

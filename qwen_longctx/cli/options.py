@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+
+from qwen_longctx import sizes
+from qwen_longctx.errors import InvalidValue
 
 _MOST = 10**15  # of anything that is counted here: no machine holds more
 DTYPES = ("bfloat16", "float16", "float32")
@@ -45,6 +49,23 @@ def _whole(text: str, least: int) -> int:
     if value > _MOST:
         raise argparse.ArgumentTypeError(f"must be at most {_MOST:,}, got {text:.40}")
     return value
+
+
+def tokens(text: str) -> int:
+    """A number of tokens, such as 1M."""
+    return _size(sizes.parse_tokens, text)
+
+
+def size_of_memory(text: str) -> int:
+    """Bytes, such as 24GB."""
+    return _size(sizes.parse_bytes, text)
+
+
+def _size(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except InvalidValue as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def share(text: str) -> float:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.cli import checkpoint
     from qwen_longctx.evaluation import passkey
     from qwen_longctx.evaluation.environment import write_results
-    from qwen_longctx.evaluation.files import check_writable
+    from qwen_longctx.files import check_writable
     from qwen_longctx.sparsity import check_budgets
 
     if args.output is not None:

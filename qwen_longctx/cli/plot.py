@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     from qwen_longctx.evaluation import plots, summary
-    from qwen_longctx.evaluation.files import check_writable, replacing
+    from qwen_longctx.files import check_writable, replacing
 
     check_writable(args.output)
     kind, known = Path(args.output).suffix.lstrip(".").lower(), Figure().canvas.get_supported_filetypes()

@@ -23,7 +23,7 @@ from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import share
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.evaluation import corpus, passkey
-from qwen_longctx.evaluation.files import check_writable, replacing
+from qwen_longctx.files import check_writable, replacing
 from qwen_longctx.sparsity.budgets import HeadBudgets, dump, load
 from qwen_longctx.sparsity.record import SpanRecord
 

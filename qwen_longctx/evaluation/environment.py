@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qwen_longctx.evaluation.files import replacing
+from qwen_longctx.files import replacing
 
 _PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4", "liger-kernel", "tokenizers")
 

@@ -126,6 +126,9 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+_LINES = ("-", "--", "-.", ":")  # modes that agree lie on each other
+
+
 def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Score and negative log-likelihood against prompt length, a line for each mode with its 95 % intervals.
 
@@ -156,12 +159,15 @@ def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
                 points = [(x.length, e.mean, e.half or 0) for x in here if (e := getattr(x, figure_of)) is not None]
                 if points:
                     x, y, half = zip(*points, strict=True)
-                    axis.errorbar(x, y, yerr=half, color=f"C{number}", marker="o", capsize=3, label=mode)
-        axes[0, column].set_title(name)
+                    style = {"color": f"C{number}", "linestyle": _LINES[number % len(_LINES)], "marker": "o"}
+                    axis.errorbar(x, y, yerr=half, capsize=3, label=mode, **style)
+        for axis, title in zip(axes[:, column], ("score", "NLL, nats a token"), strict=True):
+            axis.set_ylabel(title)
+            axis.set_visible(axis.has_data())
+        top = next((axis for axis in axes[:, column] if axis.has_data()), axes[0, column])
+        top.set_title(name)
         axes[1, column].set_xscale("log", base=2)
         axes[1, column].set_xlabel("prompt length, tokens")
-    axes[0, 0].set_ylabel("score")
-    axes[1, 0].set_ylabel("NLL, nats a token")
     return _with_legend(figure, axes)
 
 

@@ -14,8 +14,8 @@ import torch
 
 from qwen_longctx.errors import InvalidValue, MissingFile
 from qwen_longctx.evaluation import corpus
-from qwen_longctx.evaluation.files import check_writable, replacing
 from qwen_longctx.evaluation.task import Reader, Sample, Task
+from qwen_longctx.files import check_writable, replacing
 
 _PROBE = (
     "The 3 keys: 12345, é, 数字.\n\n\tdef f(x):\n        return x  # don't\n"  # texts that tokenizers split differently

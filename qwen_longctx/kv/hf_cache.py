@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
+from qwen_longctx import settings_of
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
+from qwen_longctx.kv import saved
 from qwen_longctx.kv.sequence import Sequence, follow_rows, forget
 from qwen_longctx.kv.store import Store, Tensors
 
@@ -138,10 +141,7 @@ class LongContextCache(DynamicCache):
     """
 
     def __init__(self, capacity: int = 0, observer: Any = None) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int):
-            raise InvalidType(f"capacity must be a whole number of tokens, got {capacity!r}")
-        if not 0 <= capacity <= _MOST:
-            raise InvalidValue(f"capacity must not be negative and at most {_MOST}, got {capacity}: leave it out")
+        _check_capacity(capacity)
         Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
         self.capacity = capacity
         self.qwen_longctx = Sequence()
@@ -194,6 +194,69 @@ class LongContextCache(DynamicCache):
             "tokens_per_second": state.prefill_tokens / seconds if seconds else 0.0,
             "peak_memory_bytes": state.peak_memory_bytes,
         }
+
+    def save(self, folder: str | Path) -> None:
+        """Save the sequence as a prefix, for `load`: keys, values, and what is known beside them.
+
+        Parameters
+        ----------
+        folder : str or path
+            A new or empty folder, or one that holds a saved prefix, which stays whole until the new one takes its
+            place. On any error, and if the process is killed, it stays as it was.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The cache is empty, the folder is a file, holds something else, cannot be written to or has no room.
+        PatchConflict
+            A call is filling the cache or was interrupted, a patched model did not write all of it, several models or
+            settings did, or the model is gone: its fingerprint is saved along.
+        NotImplementedError
+            The model is tensor parallel, layers are of another kind, or keys of a dtype that floats do not have.
+        """
+        if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
+            raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
+        saved.write(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Any, capacity: int = 0) -> LongContextCache:
+        """A new cache that holds the prefix saved in a folder.
+
+        Keys and values are copied once, from the mapped file to the device of their layer, and checked on the way.
+
+        Parameters
+        ----------
+        folder : str or path
+        model : transformers.PreTrainedModel
+            The model that the prefix was saved by, patched with the same settings.
+        capacity : int
+            Tokens to make room for at once, prefix included; 16,384 more than the prefix at least.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no saved prefix.
+        PatchConflict
+            The model is not patched, or is not the one that the prefix was saved by, or its settings are others; the
+            message says what differs.
+        TypeError, ValueError
+            A wrong argument, or the file is damaged.
+        DoesNotFit
+            A device has no room for it.
+        """
+        _check_capacity(capacity)
+        settings = settings_of(model)
+        if settings is None:
+            raise PatchConflict("the model is not patched, and saved prefixes are: call patch_qwen(model) first")
+        with torch.inference_mode(False), torch.no_grad():  # else the cache could not be written to later
+            return saved.read(cls, folder, model, settings, capacity)
+
+
+def _check_capacity(capacity: Any) -> None:
+    if isinstance(capacity, bool) or not isinstance(capacity, int):
+        raise InvalidType(f"capacity must be a whole number of tokens, got {capacity!r}")
+    if not 0 <= capacity <= _MOST:
+        raise InvalidValue(f"capacity must not be negative and at most {_MOST}, got {capacity}: leave it out")
 
 
 def _guarded_update(self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -8,15 +8,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
+from torch import nn
 
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import PatchConflict
 from qwen_longctx.geometry.layout import Origin
 from qwen_longctx.sparsity.record import SparseState
 
 _ATTRIBUTE = "qwen_longctx"
+
+
+class ModelRef:
+    """Refers to a model without keeping it; a pickled one refers to none.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, optional
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._ref = None if model is None else ref(model)
+
+    def __call__(self) -> Any:
+        """The model, or None if it is gone."""
+        return None if self._ref is None else self._ref()
+
+    def __deepcopy__(self, memo: Any) -> ModelRef:
+        return self
+
+    def __reduce__(self) -> Any:
+        return ModelRef, ()
+
+
+class Written(NamedTuple):
+    """Who wrote the tokens of a sequence from number `start` on, up to the next entry.
+
+    Attributes
+    ----------
+    start : int
+    settings : LongContextConfig
+    model : ModelRef
+        To the base model.
+    """
+
+    start: int
+    settings: LongContextConfig
+    model: ModelRef
 
 
 @dataclass
@@ -43,6 +84,10 @@ class Sequence:
         Budgets and records of sparse prefill.
     broken : str
         Why the cache cannot be continued; empty if it can.
+    written : list of Written
+        Who wrote which tokens, in order; what was cropped since may be among them.
+    running : bool
+        A call is under way that appends to the cache.
     prefill_tokens, prefill_seconds, peak_memory_bytes
         Cost of the prefills of the sequence, also of tokens that were cropped since.
     """
@@ -55,9 +100,19 @@ class Sequence:
     followed: int | None = None
     sparse: SparseState = field(default_factory=SparseState)
     broken: str = ""
+    written: list[Written] = field(default_factory=list)
+    running: bool = False
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+    def note_writer(self, start: int, settings: LongContextConfig, model: nn.Module | None) -> None:
+        """Note who wrote the tokens from number `start` on."""
+        last = self.written[-1] if self.written else None
+        if last is not None and start > last.start and last.model() is model and last.settings == settings:
+            return
+        self.written = [entry for entry in self.written if entry.start < start]
+        self.written.append(Written(start, settings, ModelRef(model)))
 
 
 def sequence_of(cache: Any) -> Sequence:
@@ -147,7 +202,7 @@ def forget(cache: Any) -> None:
     """Note that a cache is empty; what a generate in progress has put there stays."""
     state = sequence_of(cache)
     if state.length or state.geometry or state.broken:
-        state.length, state.geometry, state.broken = 0, None, ""
+        state.length, state.geometry, state.broken, state.written = 0, None, "", []
         state.sparse = SparseState()
         state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = 0, 0.0, 0
     for layer in getattr(cache, "layers", ())[:1]:
@@ -155,28 +210,36 @@ def forget(cache: Any) -> None:
 
 
 @contextmanager
-def transaction(cache: Any, geometry: tuple[int, int], origins: tuple[Origin, ...]) -> Iterator[None]:
+def transaction(
+    cache: Any, settings: LongContextConfig, origins: tuple[Origin, ...], model: nn.Module | None = None
+) -> Iterator[None]:
     """Commit what the block appends to `cache`; roll everything back if it fails or is interrupted.
 
     Parameters
     ----------
     cache : transformers Cache
-    geometry : tuple of int
-        Chunk size and local size of the run.
+    settings : LongContextConfig
+        Of the run.
     origins : tuple of Origin
         Where each row begins.
+    model : torch.nn.Module, optional
+        The base model that writes.
     """
     state, before = sequence_of(cache), held_tokens(cache)
     sparse = state.sparse.snapshot()
+    state.running = True
     try:
         yield
     except BaseException:
         state.sparse.restore(sparse)
         roll_back(cache, before)
         raise
+    finally:
+        state.running = False
     state.length = held_tokens(cache)
     if state.length:
-        state.geometry, state.announced = geometry, 0
+        state.geometry, state.announced = (settings.chunk_size, settings.local_size), 0
+        state.note_writer(before, settings, model)
         if getattr(cache, "layers", None):
             cache.layers[0].origins = origins
 

@@ -14,6 +14,7 @@ from qwen_longctx.ops.row_lse import joint_lse, row_logits
 from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LOG2E, ROWS_AT_A_TIME, on_its_device, tl, triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
+_WIDEST = 128  # rows, and keys, of a program on half precision: what fits into the shared memory of every card
 
 Pool = Literal["max", "mean"]
 
@@ -102,14 +103,18 @@ def block_shares_triton(
     scale: float,
     pool: str = "max",
 ) -> torch.Tensor:
-    """See `block_shares`. `rows` and `per_block` are powers of two, at most 128."""
+    """See `block_shares`. `rows` and `per_block` are powers of two."""
     batch, queries, heads, head_dim = q.shape
-    tiles, blocks = queries // rows, triton.cdiv(means.shape[1], per_block)
-    shares = torch.zeros((batch, heads, tiles, blocks), dtype=torch.float32, device=q.device)
-    if shares.numel() == 0:
-        return shares
-    rows_at_a_time, keys_at_a_time = max(ROWS_AT_A_TIME, rows), max(KEYS_AT_A_TIME, per_block)
-    grid = (triton.cdiv(queries, rows_at_a_time), triton.cdiv(means.shape[1], keys_at_a_time), batch * heads)
+    blocks = triton.cdiv(means.shape[1], per_block)
+    if 0 in (empty := (batch, heads, queries // rows, blocks)):
+        return torch.zeros(empty, dtype=torch.float32, device=q.device)
+    widest = _WIDEST if q.element_size() <= 2 else ROWS_AT_A_TIME
+    part = min(rows, widest)  # of a tile
+    rows_at_a_time, keys_at_a_time = max(ROWS_AT_A_TIME, part), min(max(KEYS_AT_A_TIME, per_block), widest)
+    steps = triton.cdiv(per_block, keys_at_a_time)  # that a program takes over the keys of one block
+    shares = torch.zeros((batch, heads, queries // part, blocks), dtype=torch.float32, device=q.device)
+    columns = triton.cdiv(means.shape[1], keys_at_a_time * steps)
+    grid = (triton.cdiv(queries, rows_at_a_time), columns, batch * heads)
     _block_shares[grid](
         q,
         means,
@@ -120,7 +125,7 @@ def block_shares_triton(
         *means.stride()[:3],
         queries,
         means.shape[1],
-        tiles,
+        queries // part,
         blocks,
         heads,
         heads // means.shape[2],
@@ -129,12 +134,16 @@ def block_shares_triton(
         DIM=triton.next_power_of_2(head_dim),
         ROWS=rows_at_a_time,
         KEYS=keys_at_a_time,
-        PER_TILE=rows,
-        PER_BLOCK=per_block,
+        PER_TILE=part,
+        PER_BLOCK=min(per_block, keys_at_a_time),
+        STEPS=steps,
         MEAN=pool == "mean",
         num_warps=4 if rows_at_a_time * keys_at_a_time <= 4096 else 8,
     )
-    return shares
+    if part == rows:
+        return shares
+    shares = shares.unflatten(2, (-1, rows // part))
+    return shares.amax(dim=3) if pool == "max" else shares.mean(dim=3)
 
 
 @triton.jit
@@ -163,30 +172,33 @@ def _block_shares(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
     PER_TILE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     part, column, owner = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = (owner // heads).to(tl.int64), owner % heads
     row = part * ROWS + tl.arange(0, ROWS)
     limit = tl.load(limits + row, mask=row < queries, other=0)
-    if column * KEYS >= tl.max(limit, 0):
+    if column * STEPS * KEYS >= tl.max(limit, 0):
         return
-    at = column * KEYS + tl.arange(0, KEYS)
     dim = tl.arange(0, DIM)
     inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
     q_rows = tl.load(
         q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
     )
-    mean_keys = tl.load(
-        means + batch * k_batch + (head // group) * k_head + at[None, :].to(tl.int64) * k_token + dim[:, None],
-        mask=(at < keys)[None, :] & (dim < HEAD_DIM)[:, None],
-        other=0.0,
-    )
     row_lse = tl.load(lse + owner.to(tl.int64) * queries + row, mask=row < queries, other=0.0) * LOG2E
-    logits = tl.dot(q_rows, mean_keys, input_precision="ieee") * scale - row_lse[:, None]
-    seen = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
-    share = tl.where(seen, tl.exp2(tl.where(seen, logits, 0.0)), 0.0)
-    share = tl.sum(tl.reshape(share, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
+    share = tl.zeros((ROWS, KEYS // PER_BLOCK), tl.float32)
+    for step in tl.static_range(STEPS):
+        at = (column * STEPS + step) * KEYS + tl.arange(0, KEYS)
+        mean_keys = tl.load(
+            means + batch * k_batch + (head // group) * k_head + at[None, :].to(tl.int64) * k_token + dim[:, None],
+            mask=(at < keys)[None, :] & (dim < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        logits = tl.dot(q_rows, mean_keys, input_precision="ieee") * scale - row_lse[:, None]
+        seen = (at[None, :] < limit[:, None]) & (at < keys)[None, :]
+        each = tl.where(seen, tl.exp2(tl.where(seen, logits, 0.0)), 0.0)
+        share += tl.sum(tl.reshape(each, (ROWS, KEYS // PER_BLOCK, PER_BLOCK)), 2)
     share = tl.reshape(share, (ROWS // PER_TILE, PER_TILE, KEYS // PER_BLOCK))
     share = tl.sum(share, 1) / PER_TILE if MEAN else tl.max(share, 1)
     tile = part * (ROWS // PER_TILE) + tl.arange(0, ROWS // PER_TILE)

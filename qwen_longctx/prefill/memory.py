@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
-from qwen_longctx.ops.merge import TOKENS_AT_A_TIME
-from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK
+from qwen_longctx.prefill.peak import Peak, Prefill
+from qwen_longctx.prefill.weights import Weights, weights_of
 
 GIB = 1 << 30
-_BYTES_A_PAIR = 4 + 1 + 2 * 4  # score, mask, and the lists of all segments with what they are made from
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one run. `activations` is the estimated peak within one prefill chunk."""
+    """Bytes of one run on one device.
+
+    Attributes
+    ----------
+    weights, kv_cache : int
+    activations : int
+        Their peak within a prefill chunk.
+    selection : int
+        What choosing keys takes beside them in sparse prefill.
+    """
 
     weights: int
     kv_cache: int
     activations: int
+    selection: int
 
     @property
     def total(self) -> int:
         """Everything together."""
-        return self.weights + self.kv_cache + self.activations
+        return self.weights + self.kv_cache + self.activations + self.selection
 
 
 def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> Memory:
-    """Estimate a run of `batch` rows of `tokens` tokens, prompt and new ones together, in one process.
+    """Estimate a run of `batch` rows of `tokens` tokens, prompt and new ones together, on one device.
 
     Parameters
     ----------
@@ -47,26 +56,32 @@ def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings:
     ------
     ValueError
         `tokens` or `batch` is below 1, or no model can be built of the config.
+    NotImplementedError
+        The checkpoint is quantised by a method whose bytes are not known.
     """
-    if tokens < 1 or batch < 1:
-        raise InvalidValue(f"tokens and batch must be at least 1, got {tokens} and {batch}")
-    shape = Shape.of(config)
-    return Memory(
-        _parameters(config) * dtype.itemsize,
-        kv_bytes(shape, dtype) * tokens * batch,
-        activation_bytes(shape, tokens, batch, dtype, settings),
-    )
+    return on_fullest_card(Shape.of(config), weights_of(config, dtype), 1, tokens, batch, dtype, settings)
 
 
-def _parameters(config: Any) -> int:
-    """Numbers in the weights of a model, which is built without them."""
-    try:
-        with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    except Exception as error:  # whatever transformers makes of a config that it has not checked
-        raise InvalidValue(
-            f"transformers cannot build a model of this config ({type(error).__name__}: {error}): correct config.json"
-        ) from error
+def on_fullest_card(
+    shape: Shape,
+    weights: Weights,
+    cards: int,
+    tokens: int,
+    batch: int,
+    dtype: torch.dtype,
+    settings: LongContextConfig,
+) -> Memory:
+    """`estimate` for the card that holds most, where the layers are dealt out among `cards`."""
+    if tokens < 1 or batch < 1 or cards < 1:
+        raise InvalidValue(f"tokens, batch and cards must be at least 1, got {tokens}, {batch} and {cards}")
+    peaks: dict[int, Peak] = {}
+    found = []
+    for layers, size in weights.on_cards(cards):
+        part = replace(shape, layers=layers)
+        if layers not in peaks:
+            peaks[layers] = Prefill(part, tokens, batch, dtype, settings).peak()
+        found.append(Memory(size, kv_bytes(part, dtype) * tokens * batch, *peaks[layers]))
+    return max(found, key=lambda memory: memory.total)
 
 
 def kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -74,56 +89,113 @@ def kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
 
 
-def activation_bytes(shape: Shape, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> int:
-    """Peak of one prefill chunk: the larger of attention and MLP, beside hidden states, residual and norm."""
-    rows = min(tokens, settings.prefill_chunk_size) * batch
-    queries = shape.heads * shape.head_dim
-    stream = 3 * rows * shape.hidden * dtype.itemsize
-    projected = rows * (2 * queries + 4 * shape.kv_heads * shape.head_dim) * dtype.itemsize
-    partial = 4 * rows * queries * dtype.itemsize  # three segments' results and their merge
-    sums = 2 * min(rows, TOKENS_AT_A_TIME * batch) * queries * 4
-    partial += _sparse_bytes(shape, tokens, batch, dtype, settings)
-    mlp = min(rows, settings.mlp_chunk_size * batch) * shape.intermediate * 4 * dtype.itemsize
-    return stream + max(projected + partial + sums, mlp + rows * shape.hidden * dtype.itemsize)
+def most(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number above `low` and up to `high` that fits, or `low` if none does; more never fits where less
+    does not."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def _sparse_bytes(shape: Shape, tokens: int, batch: int, dtype: torch.dtype, settings: LongContextConfig) -> int:
-    """Means of keys of all layers; scores, mask and lists of one chunk of one layer."""
-    if settings.sparse == "off" or tokens <= settings.sparse_attention_threshold:
-        return 0
-    means = kv_bytes(shape, dtype) // 2 * tokens * batch * MEANS_A_BLOCK // settings.tile
-    tiles, blocks = (-(-n // settings.tile) for n in (min(tokens, settings.prefill_chunk_size), tokens))
-    return means + batch * shape.heads * tiles * blocks * _BYTES_A_PAIR
+class Device(NamedTuple):
+    """A device that holds layers of a live model: its name, how many layers, and its free bytes."""
+
+    name: str
+    layers: int
+    free: int
 
 
-def check_fits(
-    shape: Shape, tokens: int, batch: int, dtype: torch.dtype, free_bytes: int, settings: LongContextConfig
-) -> None:
+class Need(NamedTuple):
+    """What a run asks for.
+
+    Attributes
+    ----------
+    tokens : int
+        Of a row, from its first token to the last one for which there must be room.
+    batch : int
+        Rows, beams included.
+    dtype : torch.dtype
+    held, room : int
+        Tokens that the cache holds already, and those for which it has taken memory.
+    outputs, at_the_end : int
+        Bytes of what the call returns that are alive beside the last chunk, and all that is after it.
+    padded : bool
+        Whether rows begin or end at different places.
+    copied : float
+        Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow.
+    """
+
+    tokens: int
+    batch: int
+    dtype: torch.dtype
+    held: int = 0
+    room: int = 0
+    outputs: int = 0
+    at_the_end: int = 0
+    padded: bool = False
+    copied: float = 0.0
+
+    def shortened(self, tokens: int) -> Need:
+        """The need of a run of fewer tokens."""
+        outputs, at_the_end = (size * tokens // self.tokens for size in (self.outputs, self.at_the_end))
+        return self._replace(tokens=tokens, outputs=outputs, at_the_end=at_the_end)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be taken on a device; None where that is not known, as on CPUs."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
     """Raise before a run whose cache and activations cannot fit beside weights that are loaded already.
 
     Parameters
     ----------
     shape : Shape
         Of what one process holds, see `checkpoint.local_shape`.
-    tokens, batch : int
-        Prompt and new tokens of a row, and rows.
-    dtype : torch.dtype
-    free_bytes : int
-        On the device of this process.
+    devices : sequence of Device
+        In the order of the layers.
+    need : Need
     settings : LongContextConfig
 
     Raises
     ------
     MemoryError
-        With the bytes needed, the bytes free and the tokens that would fit.
+        With the bytes needed, the bytes free and the tokens that would fit, for the device on which fewest do.
     """
-    cache = kv_bytes(shape, dtype) * tokens * batch
-    activations = activation_bytes(shape, tokens, batch, dtype, settings)
-    if cache + activations <= free_bytes:
+    short = [device for device in devices if sum(_needed(shape, device, need, settings)) > device.free]
+    if not short:
         return
-    fit = max(0, free_bytes - activations) // (kv_bytes(shape, dtype) * batch)
+
+    def fit(device: Device) -> int:
+        return most(
+            lambda n: sum(_needed(shape, device, need.shortened(n), settings)) <= device.free, 0, need.tokens - 1
+        )
+
+    tokens, device = min(((fit(one), one) for one in short), key=lambda found: found[0])
+    cache, others = _needed(shape, device, need, settings)
+    where = f" on {device.name}" if len(devices) > 1 else ""
+    more = "more " if need.room else ""
+    what = "activations and outputs" if need.at_the_end else "activations"
     raise DoesNotFit(
-        f"{batch} x {tokens:,} tokens need {cache / GIB:.1f} GiB of KV cache and about {activations / GIB:.1f} GiB of "
-        f"activations, {free_bytes / GIB:.1f} GiB are free: {fit:,} tokens would fit. Shorten the prompt or "
-        "max_new_tokens, lower prefill_chunk_size or the number of beams, or spread the model with device_map"
+        f"{need.batch} x {need.tokens:,} tokens need {cache / GIB:.1f} GiB {more}of KV cache and about "
+        f"{others / GIB:.1f} GiB of {what}{where}, {device.free / GIB:.1f} GiB are free: {tokens:,} tokens would "
+        "fit. Shorten the prompt or max_new_tokens, lower prefill_chunk_size, the number of beams or logits_to_keep, "
+        "or spread the model with device_map"
     )
+
+
+def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> tuple[int, int]:
+    """Bytes of the cache that are not taken yet, and of everything else."""
+    part = replace(shape, layers=device.layers)
+    each = kv_bytes(part, need.dtype) * need.batch
+    peak = Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()
+    copied = int(need.copied * need.tokens * each / device.layers)
+    return each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied)

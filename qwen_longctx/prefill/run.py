@@ -33,6 +33,8 @@ class Run:
     weights : bool
         Attention weights are asked for.
     sparse : sparsity.Request, optional
+    model : torch.nn.Module, optional
+        The base model.
     """
 
     call: Call
@@ -42,6 +44,7 @@ class Run:
     device: torch.device
     weights: bool = False
     sparse: Any = None
+    model: Any = None
 
     @property
     def tokens(self) -> int:
@@ -66,8 +69,7 @@ class Run:
         if self.cache is None:
             yield
             return
-        geometry = self.settings.chunk_size, self.settings.local_size
-        with transaction(self.cache, geometry, self.call.origins):
+        with transaction(self.cache, self.settings, self.call.origins, self.model):
             state = sequence_of(self.cache)
             tokens = self._tokens_of_prompt(state.prompt_end)
             with _recorded(state, tokens, self.device) if tokens else nullcontext():

@@ -163,7 +163,7 @@ def rule_for(
         return None
     width = head_dim(model_config)
     name = rule_name(settings, device, dtype, width)
-    if name is not None and settings.sparse == "auto" and not _pays(settings, length, heads().query * width):
+    if name is not None and settings.sparse == "auto" and not pays(settings, length, heads().query * width):
         return None
     return name
 
@@ -193,7 +193,7 @@ def rule_name(settings: LongContextConfig, device: torch.device, dtype: torch.dt
     return None if kernel == "reference" else "block_scores"
 
 
-def _pays(settings: LongContextConfig, length: int, width: int) -> bool:
+def pays(settings: LongContextConfig, length: int, width: int) -> bool:
     """Whether choosing keys saves time on a prompt of `length` tokens; queries have `width` numbers in all heads."""
     span = min(length, settings.stride, settings.prefill_chunk_size)
     return 2 * length * span * width >= _WORTH_IT

@@ -5,7 +5,7 @@ normalised one by one, and a block counts as much as the row that wants it most,
 elsewhere are served; and means are of 32 keys, which rank blocks of 128 nearly as well as their true share does.
 
 Means do not show the one key that a query looks up far away. Few heads do that, and the same ones all along a text:
-with the fidelity "careful" they are found by the attention of each span's last tile, and attend to everything.
+they are found by the attention of each span's last tile, and attend to everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MASSES = {
     "careful": ((8.0, 0.97), (16.0, 0.93)),
 }
 _AMOUNTS = ("density", "mass", "score_threshold")  # settings that take the place of a fidelity
-MISSED = 0.2  # share of a query's attention in a block that its head drops, from which on the head drops none
+# Share of a query's attention in one block that its head drops, from which on the head drops none
+MISSED = {"fast": None, "balanced": 0.2, "careful": 0.05}
 FAR, NEAR = 16, 96  # at FAR trained lengths the nearest of NEAR blocks is kept always, before it fewer
 
 
@@ -88,11 +89,12 @@ class Options:
 
 
 def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
-    """`best_blocks` by `scores`; with the fidelity "careful" also all blocks for heads that `miss` some."""
+    """`best_blocks` by `scores`; where a fidelity says how much is kept, also all blocks for heads that `miss` some."""
     selection = best_blocks(view, view.once("scores", lambda: scores(view)), budget, prompt)
-    if prompt.options.fidelity != "careful":
+    most = None if prompt.options.fixed else MISSED[prompt.options.fidelity]
+    if most is None:
         return selection
-    return Selection(selection.mask | (miss(view, selection.mask) & view.tiles.sees()))
+    return Selection(selection.mask | (miss(view, selection.mask, most) & view.tiles.sees()))
 
 
 def best_blocks(view: SpanView, estimates: torch.Tensor, budget: torch.Tensor, prompt: Prompt) -> Selection:
@@ -168,14 +170,15 @@ def scores(view: SpanView) -> torch.Tensor:
     return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
 
 
-def miss(view: SpanView, mask: torch.Tensor) -> torch.Tensor:
-    """Whether a query of the span's last tile has more than a share `MISSED` of its attention in one dropped block.
+def miss(view: SpanView, mask: torch.Tensor, most: float) -> torch.Tensor:
+    """Whether a query of the span's last tile has more than a share `most` of its attention in one dropped block.
 
     Parameters
     ----------
     view : SpanView
     mask : torch.Tensor
         Shape (batch, heads, tiles, blocks), bool: blocks kept.
+    most : float
 
     Returns
     -------
@@ -183,7 +186,7 @@ def miss(view: SpanView, mask: torch.Tensor) -> torch.Tensor:
         Shape (batch, heads, 1, 1), bool.
     """
     wanted = view.once("wanted", lambda: largest_shares(view.last_tile()))
-    return (wanted.masked_fill(mask[:, :, -1:], 0.0) > MISSED).any(dim=3, keepdim=True)
+    return (wanted.masked_fill(mask[:, :, -1:], 0.0) > most).any(dim=3, keepdim=True)
 
 
 def largest_shares(view: SpanView) -> torch.Tensor:

@@ -1,15 +1,27 @@
-"""Files that a command writes: checked before its work starts, and replaced as a whole."""
+"""Files that are written: checked before work starts, and replaced as a whole."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen_longctx.errors import InvalidValue
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_YOUNG = 60  # seconds
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ANOTHER = "Name a file in a folder that can be written to"
 
 
 def check_writable(path: str | Path) -> None:
@@ -39,13 +51,53 @@ def replacing(path: str | Path) -> Iterator[Path]:
         target = _target(path)
         fresh = _fresh(target)
         try:
-            yield fresh
+            with _locked(fresh):
+                yield fresh
             with fresh.open("rb") as written:
                 os.fsync(written.fileno())
             fresh.replace(target)
+            _sync_folder(target.parent)
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
+
+
+def remove_leftovers(folder: Path, suffix: str) -> None:
+    """Remove files of `suffix` that a killed process left in a folder by `replacing`, and that nobody writes now."""
+    for path in folder.iterdir():
+        if not is_leftover(path.name, suffix):
+            continue
+        with suppress(OSError):
+            # it is locked just after it is made, and by no system that knows no locks
+            if fcntl is not None and time.time() - path.stat().st_mtime > _YOUNG:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
+def is_leftover(name: str, suffix: str) -> bool:
+    """Whether a file of this name was made by `replacing`, in place of one of `suffix`."""
+    return re.fullmatch(rf"\.[0-9a-f]{{32}}{re.escape(suffix)}", name) is not None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let `remove_leftovers` of other processes know that a file is being written; not where that is impossible."""
+    with path.open("rb") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name in a folder outlast a failure of power, where the system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _target(path: str | Path) -> Path:
@@ -81,6 +133,6 @@ def _told(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InvalidValue(
-            f"cannot write to {path}: {error.strerror or error}. Name a file in a folder that can be written to"
-        ) from error
+        full = error.errno in _NO_ROOM
+        remedy = "Free space there, or name another place" if full else _ANOTHER
+        raise InvalidValue(f"cannot write to {path}: {error.strerror or error}. {remedy}") from error
