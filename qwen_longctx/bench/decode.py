@@ -98,7 +98,7 @@ def _our_cache(model: Qwen2ForCausalLM, length: int, new_tokens: int, device: to
     config, settings = model.config, LongContextConfig.from_model_config(model.config)
     shape = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     cache = LongContextCache(length + new_tokens + 1)
-    with transaction(cache, (settings.chunk_size, settings.local_size), (Origin(0),)):
+    with transaction(cache, settings, (Origin(0),), model.model):
         for layer in range(config.num_hidden_layers):
             for start in range(0, length, _AT_A_TIME):
                 drawn = 2, 1, min(_AT_A_TIME, length - start), *shape
