@@ -13,6 +13,7 @@ from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import held_tokens, sequence_of
+from qwen_longctx.ops.device import device_of
 from qwen_longctx.prefill import memory
 from qwen_longctx.prefill.memory import Device, Need
 from qwen_longctx.prefill.run import Run
@@ -89,13 +90,4 @@ def need_of(base: Any, cache: Any, tokens: int, rows: int, *, padded: bool, beam
 
 def _layers_of(base: Any) -> Counter[torch.device]:
     """How many layers run on each device, in the order of the layers."""
-    return Counter(_device_of(layer) for layer in base.layers)
-
-
-def _device_of(layer: Any) -> torch.device:
-    """Where a layer runs: where accelerate takes its inputs and weights to, or where its weights lie."""
-    hook = getattr(layer, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if (device := getattr(one, "execution_device", None)) is not None:
-            return torch.device(device)
-    return next((parameter.device for parameter in layer.parameters()), torch.device("meta"))
+    return Counter(device_of(layer) for layer in base.layers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -85,7 +85,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether everything and `SPARE` bytes fit on every card; None if no card was given."""
-        return None if self.gpu is None else self.memory.total + SPARE <= self.gpu
+        return None if self.gpu is None else _fits(self.memory, self.gpu)
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -171,7 +171,7 @@ def plan(
     planner = _Planner.of(model, size, dtype)
     run = _Run(tokens, batch, gpus, settings)
     memory = planner.memory(run)
-    suggestions = () if size is None or planner.fits(run) else tuple(planner.suggestions(run))
+    suggestions = () if size is None or _fits(memory, size) else tuple(planner.suggestions(run))
     return Plan(tokens, batch, str(dtype).removeprefix("torch."), settings, size, gpus, memory, suggestions)
 
 
@@ -192,7 +192,7 @@ class _Run:
 
     def but(self, **changed: Any) -> _Run:
         """The same run with other settings."""
-        return _Run(self.tokens, self.batch, self.gpus, {**self.settings, **changed})
+        return replace(self, settings={**self.settings, **changed})
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Planner:
 
     def fits(self, run: _Run) -> bool:
         assert self.gpu is not None
-        return self.memory(run).total + SPARE <= self.gpu
+        return _fits(self.memory(run), self.gpu)
 
     def suggestions(self, run: _Run) -> Iterator[Suggestion]:
         """Changes with which a run fits, from those that cost only time to those that change what is asked for."""
@@ -230,13 +230,13 @@ class _Planner:
         for meaning, tried in islice(settings, 1):
             values = ", ".join(f"{name}={value!r}" for name, value in tried.settings.items())
             yield Suggestion(f"patch_qwen(model, {values})", meaning, self.memory(tried).total)
-        rows = most(lambda n: self.fits(_Run(run.tokens, n, run.gpus, run.settings)), 0, run.batch - 1)
+        rows = most(lambda n: self.fits(replace(run, batch=n)), 0, run.batch - 1)
         if rows:
-            fewer = _Run(run.tokens, rows, run.gpus, run.settings)
+            fewer = replace(run, batch=rows)
             yield Suggestion(f"--batch {rows}", "the most rows that fit", self.memory(fewer).total)
-        tokens = most(lambda n: self.fits(_Run(n, run.batch, run.gpus, run.settings)), 0, run.tokens - 1)
+        tokens = most(lambda n: self.fits(replace(run, tokens=n)), 0, run.tokens - 1)
         if tokens:
-            shorter = _Run(tokens, run.batch, run.gpus, run.settings)
+            shorter = replace(run, tokens=tokens)
             yield Suggestion(f"--tokens {tokens}", "the most tokens that fit", self.memory(shorter).total)
         yield from self._more_cards(run)
 
@@ -254,7 +254,7 @@ class _Planner:
         """The fewest cards that hold the run; more of them than layers change nothing."""
         cards = len(self.weights.layers)
         for count in range(run.gpus + 1, min(cards, _MOST_CARDS) + 1):
-            spread = _Run(run.tokens, run.batch, count, run.settings)
+            spread = replace(run, gpus=count)
             if self.fits(spread):
                 yield Suggestion(f"--gpus {count}", 'cards, with device_map="auto"', self.memory(spread).total)
                 return
@@ -264,6 +264,10 @@ def _smaller(size: int) -> list[int]:
     """Chunks of fewer tokens than `size`, powers of 2 from the largest on."""
     largest = 1 << (size - 1).bit_length() - 1 if size > 1 else 0
     return [largest >> step for step in range(largest.bit_length()) if largest >> step >= _SMALLEST_CHUNK]
+
+
+def _fits(memory: Memory, gpu: int) -> bool:
+    return memory.total + SPARE <= gpu
 
 
 def _gib(size: int) -> str:

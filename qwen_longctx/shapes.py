@@ -66,8 +66,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def known_config(name: str) -> Any:
-    """The transformers config of a well-known shape, by its name in any case.
+def known_config(name: str, **changed: Any) -> Any:
+    """The transformers config of a well-known shape, by its name in any case; with other sizes where they are given.
 
     Raises
     ------
@@ -78,4 +78,4 @@ def known_config(name: str) -> Any:
 
     if name.lower() not in SHAPES:
         raise InvalidValue(f"{name!r} is no known shape: name one of {', '.join(SHAPES)}, or give a config")
-    return AutoConfig.for_model(**SHAPES[name.lower()])
+    return AutoConfig.for_model(**{**SHAPES[name.lower()], **changed})

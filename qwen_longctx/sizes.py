@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from qwen_longctx.errors import InvalidType, InvalidValue
 
-_MOST_TOKENS = 10**15  # no machine holds more
+MOST_TOKENS = 10**15  # no machine holds more
 _MOST_BYTES = 10**18
 _TOKENS = {"": 1, "k": 10**3, "m": 10**6, "ki": 1 << 10, "mi": 1 << 20}
 _BYTES = {"mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -25,7 +25,7 @@ def parse_tokens(value: str | int) -> int:
     TypeError, ValueError
         It is no number, no whole number of tokens, below 1, or more than any machine holds.
     """
-    return _parse(value, _TOKENS, _MOST_TOKENS, "tokens", "a whole number from 1 on, such as 131072, 512K or 1M")
+    return _parse(value, _TOKENS, MOST_TOKENS, "tokens", "a whole number from 1 on, such as 131072, 512K or 1M")
 
 
 def parse_bytes(value: str | int) -> int:

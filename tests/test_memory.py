@@ -20,6 +20,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.geometry.positions import spans
 from qwen_longctx.kv.store import STEP
+from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches import room
 from qwen_longctx.prefill import memory, peak
 from qwen_longctx.prefill.memory import Device, Need
@@ -383,13 +384,13 @@ def test_where_layers_run(model):
     layers = model.model.layers
     assert room._layers_of(model.model) == {torch.device("cpu"): 2}
     layers[1]._hf_hook = SimpleNamespace(execution_device="cuda:1")
-    assert room._device_of(layers[1]) == torch.device("cuda:1")
+    assert device_of(layers[1]) == torch.device("cuda:1")
     layers[1]._hf_hook = SimpleNamespace(hooks=(SimpleNamespace(), SimpleNamespace(execution_device="cuda:1")))
-    assert room._device_of(layers[1]) == torch.device("cuda:1")
+    assert device_of(layers[1]) == torch.device("cuda:1")
     layers[1]._hf_hook = SimpleNamespace()
-    assert room._device_of(layers[1]) == torch.device("cpu")
+    assert device_of(layers[1]) == torch.device("cpu")
     del layers[1]._hf_hook
-    assert room._device_of(torch.nn.Identity()) == torch.device("meta")
+    assert device_of(torch.nn.Identity()) == torch.device("meta")
 
 
 def test_nothing_is_known_of_a_cpu(monkeypatch, model):

@@ -5,36 +5,24 @@ from __future__ import annotations
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-SHAPE_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 1_010_000,
-}
-SHAPE_TINY = {
+from qwen_longctx.shapes import known_config
+
+_SHAPE = "qwen2.5-7b-1m"
+_TOY = {
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 1_010_000,
 }
-GEOMETRY_1M = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 ROPE_THETA = 10_000_000.0
 
 
 def model_config(tiny: bool = False, layers: int | None = None) -> Qwen2Config:
     """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests; all layers or some."""
-    shape = SHAPE_TINY if tiny else SHAPE_7B
-    config = Qwen2Config(
-        **{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]},
-        dual_chunk_attention_config=GEOMETRY_1M,
-        tie_word_embeddings=False,
-    )
+    changed = {**(_TOY if tiny else {}), **({"num_hidden_layers": layers} if layers else {})}
+    config = known_config(_SHAPE, **changed)
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = ROPE_THETA
     else:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from qwen_longctx import sizes
 from qwen_longctx.errors import InvalidValue
 
-_MOST = 10**15  # of anything that is counted here: no machine holds more
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -46,8 +45,8 @@ def _whole(text: str, least: int) -> int:
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    if value > _MOST:
-        raise argparse.ArgumentTypeError(f"must be at most {_MOST:,}, got {text:.40}")
+    if value > sizes.MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be at most {sizes.MOST_TOKENS:,}, got {text:.40}")
     return value
 
 

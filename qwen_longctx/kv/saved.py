@@ -26,6 +26,7 @@ from qwen_longctx.geometry.layout import Origin
 from qwen_longctx.kv.fingerprint import base_of, differences, fingerprint
 from qwen_longctx.kv.sequence import ModelRef, Sequence, Written, origins_of
 from qwen_longctx.kv.store import STEP, Store
+from qwen_longctx.ops.device import device_of
 from qwen_longctx.sparsity.record import DenseRecord, SpanRecord, SparseState
 
 FILE_NAME = "prefix.safetensors"
@@ -240,7 +241,7 @@ def read(make: Callable[[int], Any], folder: Any, model: Any, settings: LongCont
     except (SafetensorError, OSError) as error:
         raise InvalidValue(f"{path} is damaged or no safetensors file ({error}): save the prefix again") from error
     state: Sequence = cache.qwen_longctx
-    state.length, state.geometry = about["length"], (settings.chunk_size, settings.local_size)
+    state.length = about["length"]
     state.written = [Written(0, settings, ModelRef(base))]
     state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = about["prefill"]
     devices = [layer.store.buffers[0].device for layer in cache.layers]
@@ -314,7 +315,7 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
     jobs = []
     for number in range(about["layers"]):
         held = [_mapped(file, name, about, path) for name in _names(number)]
-        store = _allocated(cache, number, held, _device_of(base.layers[number]), path)
+        store = _allocated(cache, number, held, device_of(base.layers[number]), path)
         jobs += list(zip(_names(number), held, store.buffers or (), strict=True))
     length = about["length"]
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
@@ -380,16 +381,6 @@ def _crc_of(source: torch.Tensor, target: torch.Tensor | None = None) -> str:
         if target is not None:
             next(copies).copy_(piece)
     return f"{checksum:08x}"
-
-
-def _device_of(layer: Any) -> torch.device:
-    """Where a layer computes: where accelerate has put it, or where its weights lie."""
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in (hook, *getattr(hook, "hooks", ())):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
-    return next(layer.parameters()).device
 
 
 # --- both ---------------------------------------------------------------------------------------------------------

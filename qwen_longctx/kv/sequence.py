@@ -68,8 +68,6 @@ class Sequence:
     ----------
     length : int
         Tokens that every layer holds since the last call that came to its end: the committed length.
-    geometry : tuple of int, optional
-        Chunk size and local size under which the keys were rotated; None while the cache is empty.
     announced : int
         Length of the prompt that `generate` is about to pass, which may bring drafts along in its first call; 0 if
         nothing is announced.
@@ -93,7 +91,6 @@ class Sequence:
     """
 
     length: int = 0
-    geometry: tuple[int, int] | None = None
     announced: int = 0
     settings: Any = None
     prompt_end: int | None = None
@@ -105,6 +102,12 @@ class Sequence:
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+    @property
+    def geometry(self) -> tuple[int, int] | None:
+        """Chunk size and local size under which the keys were rotated; None while the cache is empty."""
+        last = self.written[-1].settings if self.written else None
+        return None if last is None else (last.chunk_size, last.local_size)
 
     def note_writer(self, start: int, settings: LongContextConfig, model: nn.Module | None) -> None:
         """Note who wrote the tokens from number `start` on."""
@@ -182,7 +185,7 @@ def open_cache(cache: Any, geometry: tuple[int, int], layers: int) -> Sequence:
             "Start with a new cache"
         )
     if state.length and not origins_of(cache):  # emptied, and filled by an unpatched model
-        state.length, state.geometry = 0, None
+        state.length, state.written = 0, []
     state.length = min(state.length, held)
     stride = geometry[0] - geometry[1]
     if held > state.length and held > stride:
@@ -201,8 +204,8 @@ def open_cache(cache: Any, geometry: tuple[int, int], layers: int) -> Sequence:
 def forget(cache: Any) -> None:
     """Note that a cache is empty; what a generate in progress has put there stays."""
     state = sequence_of(cache)
-    if state.length or state.geometry or state.broken:
-        state.length, state.geometry, state.broken, state.written = 0, None, "", []
+    if state.length or state.written or state.broken:
+        state.length, state.broken, state.written = 0, "", []
         state.sparse = SparseState()
         state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = 0, 0.0, 0
     for layer in getattr(cache, "layers", ())[:1]:
@@ -238,7 +241,7 @@ def transaction(
         state.running = False
     state.length = held_tokens(cache)
     if state.length:
-        state.geometry, state.announced = (settings.chunk_size, settings.local_size), 0
+        state.announced = 0
         state.note_writer(before, settings, model)
         if getattr(cache, "layers", None):
             cache.layers[0].origins = origins

@@ -27,6 +27,16 @@ def older_than(device: torch.device, needed: tuple[int, int]) -> str:
     return "" if (major, minor) >= needed else f"needs compute capability {wanted}, this device has {major}.{minor}"
 
 
+def device_of(layer: torch.nn.Module) -> torch.device:
+    """Where a layer computes: where accelerate takes its inputs and weights to, or else where its weights lie."""
+    for module in layer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return next((parameter.device for parameter in layer.parameters()), torch.device("meta"))
+
+
 def needs_gradient(*tensors: torch.Tensor) -> bool:
     """Whether autograd records what is done with these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
