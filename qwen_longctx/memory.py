@@ -214,8 +214,9 @@ class _Planner:
             raise InvalidType(f"model must be the name of a shape or the config of a checkpoint, got {model!r:.60}")
         if kind not in known:
             raise Unsupported(f"the config is of a model of type {kind!r}: give one of those known, {', '.join(known)}")
+        shape = Shape.of(config)
         weights = {linear: weights_of(config, dtype, linear) for linear in LINEAR}
-        return cls(config, Shape.of(config), weights, gpu, dtype)
+        return cls(config, shape, weights, gpu, dtype)
 
     def memory(self, run: _Run) -> Memory:
         settings = LongContextConfig.from_model_config(self.config, **run.settings)

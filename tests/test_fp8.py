@@ -13,9 +13,12 @@ from torch import nn
 from helpers import DEVICES as PLAIN_DEVICES
 from helpers import FAMILIES, INTERPRETED, tiny_model
 from qwen_longctx import patch_qwen, patched_qwen, settings_of, unpatch_qwen
+from qwen_longctx.cli import main
 from qwen_longctx.errors import InvalidValue, PatchConflict, Unsupported
+from qwen_longctx.memory import plan
 from qwen_longctx.ops import fp8
 from qwen_longctx.patches.linear import Fp8Linear
+from qwen_longctx.prefill.weights import weights_of
 
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 BF16 = torch.bfloat16
@@ -393,3 +396,27 @@ def test_prefixes_of_8_bits_are_told_from_others(tmp_path, anywhere):
     assert "its weights are others" in differences(plain, fingerprint(model.model))[0]
     unpatch_qwen(model)
     assert not differences(plain, fingerprint(model.model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inner", [96, 100])
+def test_the_planner_counts_what_a_patched_model_holds(family, inner, anywhere):
+    model = model_of(family, intermediate_size=inner)
+    patch_qwen(model, linear="fp8")
+    held = [*model.parameters(), *(one for name, one in model.named_buffers() if name.endswith("weight_scales"))]
+    found = weights_of(model.config, BF16, "fp8")
+    assert found.total == sum(one.numel() * one.element_size() for one in held)
+    assert found.total < weights_of(model.config, BF16).total
+
+
+def test_a_plan_of_the_7b_in_8_bits():
+    plain, cast = (plan("qwen2.5-7b-1m", "1M", linear=linear).memory for linear in ("auto", "fp8"))
+    assert cast.weights < 0.6 * plain.weights and cast.kv_cache == plain.kv_cache
+
+
+@pytest.mark.parametrize("what", ["linear", "speed --linear auto", "headline --linear auto"])
+def test_the_bench_runs(what, capsys):
+    main(["bench", *what.split(), "--tiny", "--lengths", "512"])
+    printed = capsys.readouterr().out
+    assert "tokens 512" in printed and ("bare_ms_a_layer" in printed) == (what == "linear")
