@@ -15,7 +15,7 @@ _OPTIONS = {"density": ("speed",), "dense_layers": ("speed",), "whole_up_to": ("
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
-        "what", choices=["attention", "stock", "mlp", "headline", "speed", "decode"], help="what to measure"
+        "what", choices=["attention", "stock", "mlp", "headline", "speed", "decode", "start"], help="what to measure"
     )
     add_lengths(parser, "tokens of the prompts", required=False)
     parser.add_argument("--density", type=share, help="speed: share of the blocks kept, instead of one by length")
