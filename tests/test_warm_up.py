@@ -12,6 +12,7 @@ from helpers import tiny_model
 from launches import NEEDS_RULES, recorded
 from qwen_longctx import LongContextCache, patch_qwen, settings_of, unpatch_qwen, warm_up
 from qwen_longctx.config import LongContextConfig
+from qwen_longctx.patches import warm_up as warming
 from qwen_longctx.patches.warm_up import run_short_prompt
 
 # Qwen2.5-7B's heads in chunks of 384 tokens, tiles of 128
@@ -27,6 +28,13 @@ LONG = {
 }
 
 TINY = {"chunk_size": 96, "local_size": 32, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture(autouse=True)
+def _shorter(monkeypatch):
+    """A shorter prompt yet: its length is for kernels that run on a GPU only, and takes half a minute here."""
+    monkeypatch.setattr(warming, "_STRIDE", 512)
+    monkeypatch.setattr(warming, "_TILES", 4)
 
 
 def variants(model, tokens, batch=1, padded=0):
@@ -111,7 +119,7 @@ def test_no_message_names_the_settings_of_the_short_prompt(caplog):
 
 def test_warm_up_does_nothing_on_the_cpu(monkeypatch):
     model = patch_qwen(tiny_model(), warm_up=True)
-    monkeypatch.setattr("qwen_longctx.patches.warm_up.run_short_prompt", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(warming, "run_short_prompt", lambda *_: pytest.fail("ran"))
     assert patch_qwen(model, warm_up=True, prefill_chunk_size=77) is model
     assert settings_of(model).prefill_chunk_size == 77
     warm_up(model)
