@@ -109,12 +109,24 @@ def current_overrides(model: nn.Module | None) -> dict[str, Any] | None:
 
 def settings_of(model: nn.Module) -> LongContextConfig | None:
     """The settings in force for a model. See `qwen_longctx.settings_of`."""
-    _check_model("settings_of", model)
+    base = base_of("settings_of", model)
+    method = patched_method(vars(base).get(slot_of(base, "forward"), type(base).forward))
+    valid = None if method is None else method.valid(base)
+    return None if valid is None else valid.settings(base.config)
+
+
+def base_of(caller: str, model: Any) -> Any:
+    """The base model in `model`, which `caller` was given.
+
+    Raises
+    ------
+    TypeError
+        It holds no model that can be patched.
+    """
+    _check_model(caller, model)
     for module in model.modules():
         if any(family.owns(module) for family in FAMILIES):
-            method = patched_method(vars(module).get(slot_of(module, "forward"), type(module).forward))
-            valid = None if method is None else method.valid(module)
-            return None if valid is None else valid.settings(module.config)
+            return module
     known = ", ".join(family.prefix for family in FAMILIES)
     raise InvalidType(f"{type(model).__name__} holds no model that can be patched: known families are {known}")
 

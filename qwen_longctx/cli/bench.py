@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode"],
+        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start"],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
