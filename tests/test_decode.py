@@ -171,7 +171,7 @@ def test_sixteen_rows_with_padding(way):
     Case(firsts, 100, 3, device=device_of(way)).check(by(way, 4))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 @pytest.mark.parametrize("way", WAYS)
 def test_random_steps(way, data):

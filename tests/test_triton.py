@@ -80,8 +80,9 @@ def test_keep(device, by, limited, start):
 
 
 @on_devices
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("keys", [0, 1, 130, 9000])
+@pytest.mark.parametrize(
+    ("keys", "heads"), [*((keys, heads) for keys in (0, 1, 130) for heads in HEADS), (9000, HEADS[2])]
+)
 def test_row_lse(device, heads, keys):
     q, k = draw(device, 2, 70, heads[0], 24), draw(device, 2, keys, heads[1], 24)
     limits = torch.randint(0, keys + 1, (70,), device=device)
@@ -90,9 +91,11 @@ def test_row_lse(device, heads, keys):
 
 
 @on_devices
-@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("pool", ["max", "mean"])
-@pytest.mark.parametrize(("rows", "per_block"), [(16, 4), (4, 2), (64, 1), (128, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("rows", "per_block", "heads"),
+    [*((*size, heads) for size in ((16, 4), (4, 2), (64, 1), (128, 128)) for heads in HEADS), (256, 256, HEADS[0])],
+)
 def test_block_shares(device, heads, rows, per_block, pool):
     """Tiles and blocks of any power of two, also larger than one program takes."""
     keys = 83 + 2 * (per_block if per_block > 64 else 0)
@@ -159,4 +162,5 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
-    assert compiled == {(f"_{name}", arch) for name in KERNELS for arch in ("80", "90")}
+    wanted = {(f"_{name}", arch) for name in KERNELS for arch in ("80", "90")}
+    assert compiled == wanted | {("_rows", "90")}  # casts to 8 bits, which older devices lack
