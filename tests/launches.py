@@ -36,13 +36,19 @@ OPERATIONS = (
 Variant = tuple[str, str]
 
 
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 def _rules():
     if not triton_runtime.AVAILABLE:
         return "needs Triton"
+    if version_of(triton_runtime.triton.__version__) < (3, 3):
+        return "Triton before 3.3 decides in another way what it compiles anew"
     try:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
-        from triton.runtime.jit import create_function_from_signature  # noqa: F401, from Triton 3.3 on
+        from triton.runtime.jit import create_function_from_signature  # noqa: F401
 
         make_backend(GPUTarget("cuda", 90, 32))
     except Exception as error:  # a Triton that decides in another way

@@ -330,7 +330,7 @@ def test_a_model_on_the_kernel(one_pass, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4, "eos_token_id": 0}])
 def test_generate_gives_the_same_tokens(family, how, one_pass, monkeypatch):
     """Padded rows and beams; and drafts, which come several at a time, across the border of a chunk."""
     model = patch_qwen(tiny_model(family, head_dim=16))

@@ -88,6 +88,7 @@ def test_warm_up_compiles_all_that_a_long_prompt_needs(family, shape, how):
 
 
 @NEEDS_RULES
+@NEEDS_RULES
 def test_warm_up_takes_the_rule_of_long_prompts():
     """Settings under which a prompt as short as its own would be dense."""
     how = {"sparse_attention_threshold": 32768, "prefill_chunk_size": 32768}

@@ -163,6 +163,8 @@ def _samples(weight: torch.Tensor) -> bytes:
         return b""
     if not weight.ndim:
         weight = weight[None]
+    if weight.dtype.itemsize == 1:
+        weight = weight.view(torch.uint8)  # torch 2.6 picks no numbers of 8 bits
     index = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64, device="cpu")
     chosen = weight[torch.unravel_index(index.round().long().to(weight.device), weight.shape)]
     return chosen.cpu().contiguous().view(torch.uint8).numpy().tobytes()
