@@ -305,12 +305,9 @@ def _weights_cast(model: nn.Module, cast: list[nn.Linear]) -> Iterator[None]:
     """Put these layers of a model, and no others, into 8 bits for good, unless the block fails."""
     wanted = {id(one) for one in cast}
     restored = linear.restore(one for one in model.modules() if id(one) not in wanted)
+    done: list[nn.Linear] = []
     try:
         done = linear.to_fp8(cast)
-    except BaseException:
-        linear.to_fp8(restored)
-        raise
-    try:
         yield
     except BaseException:
         linear.restore(done)

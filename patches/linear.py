@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -142,16 +142,7 @@ def to_fp8(linears: Iterable[nn.Linear]) -> list[nn.Linear]:
     list of nn.Linear
         Those that were cast now.
     """
-    done: list[nn.Linear] = []
-    try:
-        for linear in linears:
-            if type(linear) is not Fp8Linear:
-                _cast(linear)
-                done.append(linear)
-    except BaseException:
-        restore(done)
-        raise
-    return done
+    return _all_or_none((one for one in linears if type(one) is not Fp8Linear), _cast, _uncast)
 
 
 def restore(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -162,15 +153,18 @@ def restore(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     list of nn.Linear
         Those that were put back.
     """
-    done: list[nn.Linear] = []
+    return _all_or_none((one for one in modules if type(one) is Fp8Linear), _uncast, _cast)
+
+
+def _all_or_none(modules: Iterable[Any], do: Callable[[Any], None], undo: Callable[[Any], None]) -> list[Any]:
+    """Those modules to which something was done; if it fails for one, it is undone for the others."""
+    done: list[Any] = []
     try:
         for module in modules:
-            if type(module) is Fp8Linear:
-                _uncast(module)
-                done.append(module)
+            do(module)
+            done.append(module)
     except BaseException:
-        for linear in done:
-            _cast(linear)
+        _all_or_none(done, undo, do)
         raise
     return done
 

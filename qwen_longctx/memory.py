@@ -16,7 +16,7 @@ import torch
 
 from qwen_longctx import patches
 from qwen_longctx.checkpoint import Shape
-from qwen_longctx.config import LINEAR, LongContextConfig
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.prefill.memory import GIB, Memory, most, on_fullest_card
 from qwen_longctx.prefill.weights import Weights, weights_of
@@ -168,7 +168,7 @@ def plan(
     gpus = _count("gpus", gpus, _MOST_CARDS)
     if dtype not in _DTYPES:
         raise InvalidValue(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r:.60}")
-    planner = _Planner.of(model, size, dtype)
+    planner = _Planner.of(model, size, dtype, settings.get("linear", "auto"))
     run = _Run(tokens, batch, gpus, settings)
     memory = planner.memory(run)
     suggestions = () if size is None or _fits(memory, size) else tuple(planner.suggestions(run))
@@ -201,12 +201,12 @@ class _Planner:
 
     config: Any
     shape: Shape
-    weights: dict[str, Weights]
+    weights: Weights
     gpu: int | None
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Any, gpu: int | None, dtype: torch.dtype) -> _Planner:
+    def of(cls, model: Any, gpu: int | None, dtype: torch.dtype, linear: Any) -> _Planner:
         config = known_config(model) if isinstance(model, str) else model
         known = [family.module for family in patches.FAMILIES]
         kind = getattr(config, "model_type", None)
@@ -214,14 +214,11 @@ class _Planner:
             raise InvalidType(f"model must be the name of a shape or the config of a checkpoint, got {model!r:.60}")
         if kind not in known:
             raise Unsupported(f"the config is of a model of type {kind!r}: give one of those known, {', '.join(known)}")
-        shape = Shape.of(config)
-        weights = {linear: weights_of(config, dtype, linear) for linear in LINEAR}
-        return cls(config, shape, weights, gpu, dtype)
+        return cls(config, Shape.of(config), weights_of(config, dtype, linear), gpu, dtype)
 
     def memory(self, run: _Run) -> Memory:
         settings = LongContextConfig.from_model_config(self.config, **run.settings)
-        weights = self.weights[settings.linear]
-        return on_fullest_card(self.shape, weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
+        return on_fullest_card(self.shape, self.weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
 
     def fits(self, run: _Run) -> bool:
         assert self.gpu is not None
@@ -255,7 +252,7 @@ class _Planner:
 
     def _more_cards(self, run: _Run) -> Iterator[Suggestion]:
         """The fewest cards that hold the run; more of them than layers change nothing."""
-        cards = len(self.weights["auto"].layers)
+        cards = len(self.weights.layers)
         for count in range(run.gpus + 1, min(cards, _MOST_CARDS) + 1):
             spread = replace(run, gpus=count)
             if self.fits(spread):

@@ -115,12 +115,13 @@ def source(kernel, types, constants):
     return ASTSource(kernel, signature, constexprs={(names.index(name),): value for name, value in constants.items()})
 
 
-for number, capability in enumerate(map(int, sys.argv[1:])):
+capabilities = [int(one) for one in sys.argv[1:]]
+for capability in capabilities:
     seen = set()
     for kernel, types, constants in KERNELS:
         if kernel is _rows and capability < 89:
             continue  # devices without 8 bits do not run it
-        if number < len(sys.argv) - 2 and kernel in seen:
+        if capability != capabilities[-1] and kernel in seen:
             continue  # further variants for the last device alone: they take their time
         seen.add(kernel)
         target = GPUTarget("cuda", capability, 32)

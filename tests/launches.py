@@ -13,6 +13,7 @@ from functools import cache, wraps
 from unittest import mock
 
 import pytest
+from packaging.version import Version
 
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops import block_shares, columns, compact, decode, keep, merge, rotate, row_lse, triton_runtime
@@ -36,14 +37,10 @@ OPERATIONS = (
 Variant = tuple[str, str]
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
 def _rules():
     if not triton_runtime.AVAILABLE:
         return "needs Triton"
-    if version_of(triton_runtime.triton.__version__) < (3, 3):
+    if Version(triton_runtime.triton.__version__) < Version("3.3"):
         return "Triton before 3.3 decides in another way what it compiles anew"
     try:
         from triton.backends.compiler import GPUTarget

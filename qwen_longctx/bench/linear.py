@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu
 
+from qwen_longctx import LongContextConfig
 from qwen_longctx.bench.shapes import model_config
 from qwen_longctx.bench.timing import interleaved
 from qwen_longctx.ops import fp8, norm
@@ -23,10 +24,10 @@ def measure(lengths: list[int], device: torch.device, tiny: bool = False) -> Ite
     """Milliseconds of the seven products of a decoder layer on so many tokens, and what a million take in all layers.
 
     "bare" has its inputs cast before; "fp8" casts them as a patched model does, with SwiGLU in the last cast. The MLP
-    gets its slices of 2,048 tokens.
+    gets the slices of its default.
     """
     config = model_config(tiny)
-    hidden, inner, slices = config.hidden_size, config.intermediate_size, 2048
+    hidden, inner, slices = config.hidden_size, config.intermediate_size, LongContextConfig.mlp_chunk_size
     head_dim = hidden // config.num_attention_heads
     queries, keys = head_dim * config.num_attention_heads, head_dim * config.num_key_value_heads
     shapes = {

@@ -59,25 +59,12 @@ def measure(
     InvalidValue
         A length is below `SHORTEST`.
     """
-    for length in lengths:
-        if length < SHORTEST:
-            raise InvalidValue(
-                f"bench speed measures prompts of at least {SHORTEST} tokens, got {length}: shorter ones have no part "
-                "that is prefilled sparsely"
-            )
+    check_lengths("speed", lengths)
     model = random_model(device, tiny)
     for length in lengths:
-        share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-        row: dict[str, Any] = {"tokens": length, "density_asked": share, "linear": linear}
-        dense = {**DENSE, "linear": linear}
-        sparse = {
-            "linear": linear,
-            "sparse": "block_scores",
-            "density": share,
-            "recall_target": _ANY_RECALL,
-            "sparse_attention_threshold": min(length - 1, 32767),
-        }
+        dense, sparse = {**DENSE, "linear": linear}, {**sparse_settings(length, density), "linear": linear}
+        row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], "linear": linear}
         _warm_up(ids, [sparse, dense, *([None] if length <= whole_up_to else [])], device, tiny)
         row.update(_sparse(model, ids, sparse, device))
         if dense_layers and length > whole_up_to:
@@ -90,6 +77,26 @@ def measure(
         row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
         row["selection_share"] = round(row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"], 4)
         yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def check_lengths(bench: str, lengths: list[int]) -> None:
+    """Refuse prompts of which nothing is prefilled sparsely, with `InvalidValue`."""
+    for length in lengths:
+        if length < SHORTEST:
+            raise InvalidValue(
+                f"bench {bench} measures prompts of at least {SHORTEST} tokens, got {length}: shorter ones have no part "
+                "that is prefilled sparsely"
+            )
+
+
+def sparse_settings(length: int, density: float | None = None) -> dict[str, Any]:
+    """Settings under which a random model keeps a fixed share of the blocks, by default that of the nearest length."""
+    return {
+        "sparse": "block_scores",
+        "density": density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))],
+        "recall_target": _ANY_RECALL,
+        "sparse_attention_threshold": min(length - 1, 32767),
+    }
 
 
 def _sparse(

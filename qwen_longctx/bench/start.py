@@ -16,12 +16,10 @@ import torch
 
 from qwen_longctx import LongContextCache, patch_qwen, warm_up
 from qwen_longctx.bench.shapes import random_model
-from qwen_longctx.bench.speed import DENSITIES
+from qwen_longctx.bench.speed import check_lengths, sparse_settings
 from qwen_longctx.bench.timing import timed
-from qwen_longctx.errors import InvalidValue
 
 LENGTHS = (131072,)
-SHORTEST = 384  # tokens: one tile of 128 that is sparse, and the two at the end of a prompt that never are
 # where Triton, PyTorch's compiler, flash-attn-4 and the driver keep what they have compiled
 _FOLDERS = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
 _OF_THE_USER = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
@@ -35,11 +33,9 @@ def measure(lengths: list[int], device: torch.device, tiny: bool = False) -> Ite
     Raises
     ------
     InvalidValue
-        A length is below `SHORTEST`.
+        A length is below `speed.SHORTEST`.
     """
-    for length in lengths:
-        if length < SHORTEST:
-            raise InvalidValue(f"bench start measures prompts of at least {SHORTEST} tokens, got {length}")
+    check_lengths("start", lengths)
     for length in lengths:
         with TemporaryDirectory() as folder:
             for process in ("first", "second", "warmed up"):
@@ -59,10 +55,7 @@ def _in_new_process(length: int, device: torch.device, tiny: bool, process: str,
 def _process(length: int, device: torch.device, tiny: bool, warmed: bool) -> dict[str, float]:
     """What one process measures, in seconds."""
     model = random_model(device, tiny)
-    share = DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
-    threshold = min(length - 1, 32767)
-    # random weights attend evenly: they are steered towards a recall that every head has, as in bench speed
-    patch_qwen(model, sparse="block_scores", density=share, recall_target=1e-4, sparse_attention_threshold=threshold)
+    patch_qwen(model, **sparse_settings(length))
     row = {}
     if warmed:
         begin = time.perf_counter()
