@@ -84,8 +84,8 @@ def check_lengths(bench: str, lengths: list[int]) -> None:
     for length in lengths:
         if length < SHORTEST:
             raise InvalidValue(
-                f"bench {bench} measures prompts of at least {SHORTEST} tokens, got {length}: shorter ones have no part "
-                "that is prefilled sparsely"
+                f"bench {bench} measures prompts of at least {SHORTEST} tokens, got {length}: shorter ones have no "
+                "part that is prefilled sparsely"
             )
 
 
