@@ -11,7 +11,7 @@ from qwen_longctx.attention import dense
 from qwen_longctx.errors import PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.kv.hf_cache import append
+from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops.device import cast
 from qwen_longctx.patches.linear import rows_for
@@ -56,12 +56,10 @@ def attention_forward(
         q, k = self.q_norm(q), self.k_norm(k)
     k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)
-    if past_key_values is not None:
-        if dual_chunk.slot is not None:
-            kv = past_key_values.layers[self.layer_idx].store
-            kv.write(k, v, dual_chunk.slot)
-        else:
-            kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
+    if dual_chunk.slot is not None:
+        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot)
+    elif past_key_values is not None:
+        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
     held = kv.room()[0]
     if held.shape[1] < dual_chunk.length:
         raise PatchConflict(

@@ -201,14 +201,15 @@ def _plain_call(model: Any, run: Run, arguments: dict[str, Any]) -> bool:
         return False
     if not getattr(model.config, "return_dict", True) or arguments["input_ids"].shape[1] != 1:
         return False
-    if torch.is_autocast_enabled(run.device.type) or not _holds_token(run):
+    dtype = model.embed_tokens.weight.dtype
+    if torch.is_autocast_enabled(run.device.type) or not _has_room(run, dtype):
         return False
-    kind = _rotary(model), model.embed_tokens.weight.dtype, run.device, 1
+    kind = _rotary(model), dtype, run.device, 1
     return layout.takes_one_pass(run.settings, *kind) and not _watched()
 
 
-def _holds_token(run: Run) -> bool:
-    """Whether the cache takes one more token where it is."""
+def _has_room(run: Run, dtype: torch.dtype) -> bool:
+    """Whether the cache takes one more token of every row where it is."""
     if type(run.cache) is not LongContextCache:
         return False
     inference = torch.is_inference_mode_enabled()
@@ -217,7 +218,8 @@ def _holds_token(run: Run) -> bool:
         if type(layer) is not LongContextLayer or type(store) is not Store or store.buffers is None:
             return False
         keys = store.buffers[0]
-        if keys.shape[1] < run.call.end or keys.device != run.device or (keys.is_inference() and not inference):
+        fits = keys.shape[0] == len(run.call.rows) and keys.shape[1] >= run.call.end
+        if not fits or (keys.dtype, keys.device) != (dtype, run.device) or (keys.is_inference() and not inference):
             return False
     return True
 
