@@ -46,8 +46,9 @@ _IDLE = "transformers.utils.output_capturing"  # its hooks do nothing while no o
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@torch.compiler.disable
 def outputs(patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, Any]) -> Any:
-    """The outputs of the base model for a decoded token, or None where it has to run without graphs.
+    """The outputs of the base model for a token of a generate, or None where it has to run without graphs.
 
     Parameters
     ----------
@@ -59,8 +60,6 @@ def outputs(patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, A
     arguments : dict
         Of the forward, by name.
     """
-    if not run.trusted or run.cache is None or torch.compiler.is_compiling():
-        return None
     decoding = sequence_of(run.cache).graphs
     return None if decoding is None else decoding.outputs(patched, model, run, arguments)
 
@@ -166,7 +165,7 @@ class _Watch:
     def _look(self) -> tuple[Any, ...]:
         return (
             tuple(chain.from_iterable(map(dict.values, self._children))),
-            tuple(x.data_ptr() for held in self._tensors for x in held.values() if x is not None),
+            tuple([(x.data_ptr(), x.dtype) for held in self._tensors for x in held.values() if x is not None]),
             tuple([own.get("forward") for own in self._own]),
             tuple(kind.forward for kind in self._kinds),
             tuple(map(len, self._hooks)),

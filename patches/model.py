@@ -42,7 +42,9 @@ def model_forward(
     on its own, or by another head, the model does both itself, and prefills in chunks.
     """
     if dual_chunk_forward is not None:
-        repeated = graphs.outputs(patched, self, dual_chunk_forward.run, arguments)
+        run, repeated = dual_chunk_forward.run, None
+        if run.trusted and not torch.compiler.is_compiling():
+            repeated = graphs.outputs(patched, self, run, arguments)
         return _one_forward(patched, self, dual_chunk_forward, arguments) if repeated is None else repeated
     if began_as_stock(arguments):
         return patched.call(self, **arguments)
