@@ -211,6 +211,21 @@ def test_inference_mode(tapes):
     assert torch.equal(plain[0], watched[0]) and len(tapes) == 2
 
 
+def test_outputs_stay_what_they_were(tapes, monkeypatch):
+    """The next token is written where the graph wrote this one; whoever kept its hidden state has a copy."""
+    kept, repeat = [], graphs._Token.repeat
+
+    def watched(self, *args):
+        kept.append(repeat(self, *args).last_hidden_state)
+        kept.append(kept[-1].clone())
+        return repeat(self, *args)
+
+    monkeypatch.setattr(graphs._Token, "repeat", watched)
+    generate(patch_qwen(tiny_model("qwen2")), prompt(100))
+    assert len(kept) > 60 and all(torch.equal(*pair) for pair in zip(kept[::2], kept[1::2], strict=True))
+    assert not torch.equal(kept[0], kept[2])
+
+
 class Meddler(LogitsProcessor):
     """Does something at some token of a generate."""
 
