@@ -11,7 +11,7 @@ from qwen_longctx.attention import dense
 from qwen_longctx.errors import PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
-from qwen_longctx.kv.hf_cache import append
+from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops.device import cast
 from qwen_longctx.patches.linear import rows_for
@@ -56,7 +56,9 @@ def attention_forward(
         q, k = self.q_norm(q), self.k_norm(k)
     k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)
-    if past_key_values is not None:
+    if dual_chunk.slot is not None:
+        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot)
+    elif past_key_values is not None:
         kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
     held = kv.room()[0]
     if held.shape[1] < dual_chunk.length:
@@ -76,6 +78,20 @@ def attention_forward(
 @torch.compiler.disable
 def _attend_outside_of_graphs(*arguments: Any) -> torch.Tensor:
     return dense.attend(*arguments)
+
+
+def check_attended(model: Any, layout: Layout) -> None:
+    """Refuse results to which an attention that knows nothing of the layout has contributed."""
+    if len(layout.attended) >= min(model.config.num_hidden_layers, len(model.layers)):
+        return
+    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
+    wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
+    if len(layout.attended) < wanted:
+        raise PatchConflict(
+            f"{wanted - len(layout.attended)} of {wanted} attention layers did not use dual chunk attention: their "
+            "forward was replaced after patch_qwen(), or a layer in between drops keyword arguments. Patch the model "
+            "last, or without the other library"
+        )
 
 
 def registered_attention(

@@ -14,7 +14,7 @@ from qwen_longctx.geometry.layout import read_call
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
-from qwen_longctx.patches import room
+from qwen_longctx.patches import graphs, room
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import (
     check_cache_type,
@@ -55,9 +55,11 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
         cache = arguments["past_key_values"] = LongContextCache(length)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
+    captures = settings.cuda_graphs and limit - tokens >= graphs.FEWEST_TOKENS
     begun = 1 if prompt is None else prompt.shape[1]
     announced, end = 0 if prompt is None or held else begun, begun + held * (begun <= held)
-    with _settings_kept(cache, settings, announced, end, custom=arguments.get("custom_generate") is not None):
+    custom = arguments.get("custom_generate") is not None
+    with _settings_kept(cache, settings, announced, end, custom=custom), _captured(cache, captures and not custom):
         return patched.call(self, **arguments)
 
 
@@ -78,6 +80,20 @@ def _settings_kept(cache: Any, settings: LongContextConfig, announced: int, end:
         yield
     finally:
         (state.settings, state.prompt_end), state.announced, state.followed = before, 0, None
+
+
+@contextmanager
+def _captured(cache: Any, wanted: bool) -> Iterator[None]:
+    """The tokens of the block on `cache` may be captured; what was captured goes with its end."""
+    if cache is None:
+        yield
+        return
+    state = sequence_of(cache)
+    before, state.graphs = state.graphs, graphs.Decoding() if wanted else None
+    try:
+        yield
+    finally:
+        state.graphs = before
 
 
 def _prompt(arguments: dict[str, Any]) -> torch.Tensor | None:

@@ -11,10 +11,12 @@ from transformers.cache_utils import StaticCache
 from qwen_longctx import sparsity
 from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
+from qwen_longctx.patches import graphs
+from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
@@ -40,7 +42,10 @@ def model_forward(
     on its own, or by another head, the model does both itself, and prefills in chunks.
     """
     if dual_chunk_forward is not None:
-        return _one_forward(patched, self, dual_chunk_forward, arguments)
+        run, repeated = dual_chunk_forward.run, None
+        if run.trusted and not torch.compiler.is_compiling():
+            repeated = graphs.outputs(patched, self, run, arguments)
+        return _one_forward(patched, self, dual_chunk_forward, arguments) if repeated is None else repeated
     if began_as_stock(arguments):
         return patched.call(self, **arguments)
     run = begin(patched, self, self, arguments)
@@ -73,24 +78,10 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     # without gradients to keep, gradient checkpointing has no reason to drop the cache
     with nullcontext() if run.mode == "train" else torch.no_grad():
         outputs = patched.call(model, dual_chunk=layout, **arguments)
-    _check_attended(model, layout)
+    check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
     return outputs
-
-
-def _check_attended(model: Any, layout: Layout) -> None:
-    """Refuse results to which an attention that knows nothing of the layout has contributed."""
-    if len(layout.attended) >= min(model.config.num_hidden_layers, len(model.layers)):
-        return
-    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
-    wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
-    if len(layout.attended) < wanted:
-        raise PatchConflict(
-            f"{wanted - len(layout.attended)} of {wanted} attention layers did not use dual chunk attention: their "
-            "forward was replaced after patch_qwen(), or a layer in between drops keyword arguments. Patch the model "
-            "last, or without the other library"
-        )
 
 
 @torch.compiler.disable
@@ -212,7 +203,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     drafts = state is not None and state.prompt_end is not None and held >= state.prompt_end
     if mode == "prefill" and not weights and not drafts:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
-    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base, trusted)
 
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:

@@ -164,6 +164,12 @@ def in_stock_generate() -> bool:
         return get_ident() in _traffic.guests
 
 
+def alone() -> bool:
+    """Whether no thread but the caller's is in a run."""
+    with _traffic.condition:
+        return not any(_traffic.runs_of(thread) for thread in {*_traffic.roots, *_traffic.guests} - {get_ident()})
+
+
 def stock_forward(home: str) -> bool:
     """Whether the caller is part of a forward of a stock base model, which was in progress while it was patched.
 

@@ -148,14 +148,17 @@ class Sparse(_Part):
 
 @dataclass(frozen=True)
 class Kernels(_Part):
-    """The attention kernel, and what the linear layers compute in."""
+    """The attention kernel, what the linear layers compute in, and how decoded tokens are launched."""
 
     kernel: str = "auto"
     linear: str = "auto"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         self._choice("kernel", KERNELS)
         self._choice("linear", LINEAR)
+        if not isinstance(self.cuda_graphs, bool):
+            raise InvalidType(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,9 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
     linear : {"auto", "fp8"}
         What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
         which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.
+    cuda_graphs : bool
+        Let `generate` capture the forward of a token as a CUDA graph where that is safe, and repeat it for the next
+        tokens.
 
     Raises
     ------

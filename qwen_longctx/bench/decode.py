@@ -33,14 +33,15 @@ def measure(
     tiny: bool = False,
     whole_up_to: int = 131072,
     rounds: int = 3,
-    new_tokens: int = 16,
+    new_tokens: int = 32,
 ) -> Iterator[dict[str, Any]]:
     """Seconds of a decoded token after a cache of random keys and values, one row, beside the bytes that it reads.
 
     Bytes are those of keys, values and weights without the embeddings. The bandwidth is that of a sum over a tensor in
     the same process; the share of a token is the time in which its bytes could be read, over the time that it took.
     Stock transformers runs SDPA on its own cache, which copies itself for every token. Every kind runs one round to
-    warm up, then rounds in turns; medians are over all tokens but the first of each round.
+    warm up, then rounds in turns; medians are over all tokens but the first of each round. `without_graphs` is
+    ``cuda_graphs=False``.
 
     "attention" is that of all layers alone: `pass` in one pass over the cache, `segments` by an engine a segment.
 
@@ -66,7 +67,7 @@ def measure(
             "read_gb_per_second": round(bandwidth / 1e9, 1),
         }
         ours = _our_cache(model, length, new_tokens, device)
-        caches = {"patched": ours}
+        caches: dict[str, Any] = {"patched": ours, "without_graphs": ours}
         held = sum(x.numel() * x.element_size() for layer in ours.layers for x in (layer.keys, layer.values))
         row |= {"weight_bytes": weights, "kv_bytes": held}
         if length <= whole_up_to:
@@ -140,7 +141,7 @@ def _tokens(
     for number in range(rounds + 1):
         for name, cache in caches.items():
             clock = _Clock()
-            with patched_qwen(model) if name == "patched" else nullcontext():
+            with nullcontext() if name == "stock" else patched_qwen(model, cuda_graphs=name == "patched"):
                 model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

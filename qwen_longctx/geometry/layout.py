@@ -134,6 +134,9 @@ class Layout:
         Sparse prefill of this forward.
     reach : Reach, optional
         Of a forward that runs `ops.decode` over all rows and segments at once; it has no groups.
+    slot : torch.Tensor, optional
+        Shape (1,), int64, on the device: where the one token of every row is written in the cache, for a forward that
+        is captured and repeated. Else it is written behind those that the cache holds.
     attended : list of int
         Numbers of the layers whose attention has used this layout, in order.
     """
@@ -147,6 +150,7 @@ class Layout:
     weights: bool = False
     sparse: Any = None
     reach: Reach | None = None
+    slot: torch.Tensor | None = None
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
@@ -384,8 +388,8 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
-    kind = device, dtype, 2 * len(rotary.inv_freq), stop - start
-    if call.cached and mode != "train" and not weights and sparse is None and not why_not(settings.kernel, *kind):
+    one_pass = takes_one_pass(settings, rotary, dtype, device, stop - start)
+    if call.cached and mode != "train" and not weights and sparse is None and one_pass:
         keys, reach = step.lay_out(call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device)
         return Layout((), False, RotaryTables.of_keys(keys), settings.kernel, stop, mode, reach=reach)
     groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
@@ -405,6 +409,13 @@ def make_layout(
     everything = slice(0, len(call.rows)), slice(0, stop - start)
     covers_all = len(groups) == 1 and (groups[0].rows, groups[0].queries) == everything
     return Layout(tuple(groups), covers_all, tables, settings.kernel, stop, mode, weights, sparse)
+
+
+def takes_one_pass(
+    settings: LongContextConfig, rotary: RotarySource, dtype: torch.dtype, device: torch.device, tokens: int
+) -> bool:
+    """Whether `ops.decode` takes so many tokens after a cache. Arguments as in `make_layout`."""
+    return not why_not(settings.kernel, device, dtype, 2 * len(rotary.inv_freq), tokens)
 
 
 def _positions(call: Call, start: int, stop: int, device: torch.device) -> torch.Tensor:

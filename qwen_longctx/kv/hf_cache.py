@@ -329,6 +329,13 @@ def append(
     return _append(cache, k, v, layer, cache_position)
 
 
+def write(cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor) -> Store:
+    """Put a token of every row into one layer where the device says, see `Store.write`."""
+    store = cache.layers[layer].store
+    store.write(k, v, slot)
+    return store
+
+
 # torch 2.6 loses buffers that a graph takes, and later ones get more graphs where they trace it
 @torch.compiler.disable
 def _append_outside_of_graphs(*arguments: Any) -> Store | Tensors:

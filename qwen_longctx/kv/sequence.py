@@ -84,6 +84,8 @@ class Sequence:
         Why the cache cannot be continued; empty if it can.
     written : list of Written
         Who wrote which tokens, in order; what was cropped since may be among them.
+    graphs : object, optional
+        Captured decoding of the `generate` in progress, see ``patches.graphs``; None where nothing is captured.
     running : bool
         A call is under way that appends to the cache.
     prefill_tokens, prefill_seconds, peak_memory_bytes
@@ -98,6 +100,7 @@ class Sequence:
     sparse: SparseState = field(default_factory=SparseState)
     broken: str = ""
     written: list[Written] = field(default_factory=list)
+    graphs: Any = None
     running: bool = False
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0

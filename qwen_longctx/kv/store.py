@@ -11,6 +11,7 @@ import torch
 
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
+_IN_PLACE = 128 << 20  # bytes of a buffer up to which copying rows twice takes less than capturing a graph anew saves
 ALL_ROWS = slice(None)
 
 
@@ -67,18 +68,19 @@ class Store:
         self.capacity = capacity
         self.length = 0
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._own = False  # nobody else has the buffers
         self._means: torch.Tensor | None = None
         self._mean_size = 0
 
     def allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Take the room: `k`, `v` of shape (batch, tokens, kv_heads, head_dim) give batch, heads, dtype and device."""
         room = max(self.capacity, k.shape[1])
-        self.buffers = (_room(k, room), _room(v, room))
+        self.buffers, self._own = (_room(k, room), _room(v, room)), True
         self.length, self._means = 0, None
 
     def adopt(self, which: int, taken: torch.Tensor | None) -> None:
         """Take `taken`, shape (batch, tokens, kv_heads, head_dim), as the full buffer of keys (0) or values (1)."""
-        self._means = None
+        self._means, self._own = None, False
         if taken is None:
             self.buffers, self.length = None, 0
             return
@@ -102,6 +104,24 @@ class Store:
                 buffer[:, self.length : stop] = new
         self.length = stop
 
+    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+        """Put a token of every row where the device says, so that a captured graph can repeat it; `count` counts it.
+
+        Parameters
+        ----------
+        k, v : torch.Tensor
+            Shape (batch, 1, kv_heads, head_dim), of the dtype and device of the buffers.
+        slot : torch.Tensor
+            Shape (1,), int64, on that device: a number within the room.
+        """
+        assert self.buffers is not None
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer.index_copy_(1, slot, new)
+
+    def count(self, length: int) -> None:
+        """Hold the first `length` tokens, all of which have been written."""
+        self.length = length
+
     def _suits(self, k: torch.Tensor, v: torch.Tensor) -> bool:
         """Whether the buffers can take other tokens such as these: of the same batch, heads, dtype and device."""
         return all(
@@ -117,14 +137,14 @@ class Store:
         """Append by copying: a graph of gradients keeps the tensors it has seen, so nothing is written in place."""
         held = self.segment(0, self.length) if self.buffers is not None else (k[:, :0], v[:, :0])
         self.buffers = (torch.cat((held[0], k), 1), torch.cat((held[1], v), 1))
-        self._means = None
+        self._means, self._own = None, False
 
     def _make_writable(self) -> None:
         """Copy buffers made under `torch.inference_mode`, which cannot be written to outside of it."""
         assert self.buffers is not None
         if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
             self.buffers = (self.buffers[0].clone(), self.buffers[1].clone())
-            self._means = None
+            self._means, self._own = None, True
 
     def _grow(self, least: int) -> None:
         assert self.buffers is not None
@@ -137,7 +157,7 @@ class Store:
                 new = old.new_empty(old.shape[0], least, *old.shape[2:])
             new[:, : self.length] = old[:, : self.length]
             grown.append(new)
-        self.buffers = (grown[0], grown[1])
+        self.buffers, self._own = (grown[0], grown[1]), True
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. Views of the buffers."""
@@ -170,13 +190,26 @@ class Store:
         """Keep rows number `rows` of the batch, integers of shape (rows,), in that order."""
         if self.buffers is None:
             return
+        self._means = None
+        if self._stays(rows):
+            for buffer in self.buffers:
+                held = buffer[:, : self.length]
+                held.copy_(held.index_select(0, rows.to(buffer.device)))
+            return
         selected = []
         for old in self.buffers:
             chosen = rows.to(old.device)
             new = old.new_empty(len(chosen), *old.shape[1:])
             new[:, : self.length] = old[:, : self.length].index_select(0, chosen)
             selected.append(new)
-        self.buffers, self._means = (selected[0], selected[1]), None
+        self.buffers, self._own = (selected[0], selected[1]), True
+
+    def _stays(self, rows: torch.Tensor) -> bool:
+        """Whether rows are reordered within the buffers, whose addresses captured graphs know."""
+        assert self.buffers is not None
+        size = max(x[:, : self.length].numel() * x.element_size() for x in self.buffers)
+        writable = torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
+        return self._own and len(rows) == self.buffers[0].shape[0] and size <= _IN_PLACE and writable
 
 
 def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:

@@ -35,6 +35,8 @@ class Run:
     sparse : sparsity.Request, optional
     model : torch.nn.Module, optional
         The base model.
+    trusted : bool
+        The call is a token of a `generate` in progress, behind others of it.
     """
 
     call: Call
@@ -45,6 +47,7 @@ class Run:
     weights: bool = False
     sparse: Any = None
     model: Any = None
+    trusted: bool = False
 
     @property
     def tokens(self) -> int:
