@@ -30,8 +30,8 @@ def lay_out(
     rotary: RotarySource,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Rotation, Reach]:
-    """The rotation of the keys of a decoding step, and the reach of its queries. Arguments as in `make_layout`."""
+) -> tuple[Rotation, Reach, torch.Tensor]:
+    """Rotation of the keys of a decoding step, reach of its queries, spots of its keys; see `make_layout`."""
     rows = call.rows if len(set(call.rows)) > 1 else call.rows[:1]
     numbers = [[_numbers(row, index, settings) for index in range(start, stop)] for row in rows]
     heats = [[_heat(call, row, index, settings) for index in range(start, stop)] for row in rows]
@@ -43,7 +43,7 @@ def lay_out(
     cos, sin = (x.unflatten(0, (SEGMENTS, -1)) for x in (cos, sin))
     if len(rows) < len(call.rows):
         borders, heat = (x.repeat(len(call.rows), *[1] * (x.ndim - 1)) for x in (borders, heat))
-    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat)
+    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat), positions[0]
 
 
 def _numbers(row: Extent, index: int, settings: LongContextConfig) -> list[int]:
