@@ -57,7 +57,8 @@ def attention_forward(
     kv: Store | Tensors = Tensors(k, v)
     if past_key_values is not None:
         tables = dual_chunk.tables
-        bias = None if "q_norm" in self._modules else self.k_proj.bias  # norms leave no bias that could be taken out
+        # a norm leaves no bias to take out, and layers that quantise weights may name none
+        bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
         turning = Turning(tables.spots, *tables.source)
         kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
     tokens, dtype = kv.size()
