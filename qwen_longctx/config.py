@@ -23,6 +23,7 @@ KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 # a rule of sparse prefill and the settings that it owns: the file of that name in sparsity/rules checks them
 _OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
 RULES: dict[str, tuple[str, ...]] = {"block_scores": _OF_SCORES, "exact_shares": _OF_SCORES, "vertical_slash": ()}
+LINEAR = ("auto", "fp8")
 SPARSE = ("off", "auto", *RULES)
 _LARGEST_BLOCK = 128
 _LARGEST_CHUNK = 1 << 62  # positions are 64-bit integers, and two chunks must fit
@@ -148,12 +149,14 @@ class Sparse(_Part):
 
 @dataclass(frozen=True)
 class Kernels(_Part):
-    """The attention kernel."""
+    """The attention kernel, and what the linear layers compute in."""
 
     kernel: str = "auto"
+    linear: str = "auto"
 
     def __post_init__(self) -> None:
         self._choice("kernel", KERNELS)
+        self._choice("linear", LINEAR)
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,9 @@ class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # f
         dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
     kv_cache : {"device", "fp8", "int8"}
         How the caches that are made for a run hold keys and values: as they are, or in 8 bits.
+    linear : {"auto", "fp8"}
+        What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
+        which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.
 
     Raises
     ------
