@@ -43,7 +43,7 @@ def lay_out(
     cos, sin = (x.unflatten(0, (SEGMENTS, -1)) for x in (cos, sin))
     if len(rows) < len(call.rows):
         borders, heat = (x.repeat(len(call.rows), *[1] * (x.ndim - 1)) for x in (borders, heat))
-    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat), positions[0]
+    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat, settings.stride), positions[0]
 
 
 def _numbers(row: Extent, index: int, settings: LongContextConfig) -> list[int]:

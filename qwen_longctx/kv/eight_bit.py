@@ -13,7 +13,7 @@ import torch
 
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.store import ALL_ROWS, Store
-from qwen_longctx.ops.eight_bit import dequantise, quantise
+from qwen_longctx.ops.eight_bit import EightBit, KeyBias, quantise
 
 AT_A_TIME = 16384  # tokens that are in float32 at once
 
@@ -50,9 +50,7 @@ class EightBitStore(Store):
         super().__init__(capacity)
         self.kind = kind
         self.dtype = torch.float32
-        self._bias: torch.Tensor | None = None
-        self._inv_freq: torch.Tensor | None = None
-        self._scaling = 1.0
+        self._bias: KeyBias | None = None
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, turning: Turning | None = None
@@ -72,8 +70,8 @@ class EightBitStore(Store):
         if self.length == 0:
             self.dtype, self._means, self._bias = k.dtype, None, None
             if bias is not None and turning is not None:
-                self._bias = bias.detach().float().to(k.device).view(k.shape[2:])
-                self._inv_freq, self._scaling = turning.inv_freq.detach().to(k.device), turning.scaling
+                vector, inv_freq = (x.detach().to(k.device) for x in (bias, turning.inv_freq))
+                self._bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
         spots = k.new_zeros(k.shape[:2], dtype=torch.int32)
         if turning is not None:
             spots += turning.spots.to(spots.device)
@@ -81,36 +79,27 @@ class EightBitStore(Store):
         self._write(*(torch.cat(some, 1) for some in zip(*parts, strict=True)))
 
     def _encoded(self, k: torch.Tensor, v: torch.Tensor, spots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        free = k.float() if self._bias is None else k.float() - self._rotated_bias(spots)
+        free = k.float() if self._bias is None else k.float() - self._bias.at(spots)
         return *quantise(free, self.kind), *quantise(v, self.kind), spots
-
-    def _rotated_bias(self, spots: torch.Tensor) -> torch.Tensor:
-        """The bias at some spots, shape (*spots, kv_heads, head_dim), float32."""
-        assert self._bias is not None and self._inv_freq is not None
-        angles = spots[..., None, None].double() * self._inv_freq
-        cos, sin = ((x * self._scaling).float() for x in (angles.cos(), angles.sin()))
-        first, second = self._bias.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. New tensors, of the dtype of the first keys."""
-        assert self.buffers is not None
-        held = [x[rows, start:stop] for x in self.buffers]
-        shape = held[0].shape[:2]
-        keys, values = (
-            torch.empty((*shape, *x.shape[2:]), dtype=self.dtype, device=x.device) for x in (held[0], held[2])
-        )
+        held = self._held(rows, slice(start, stop))
+        shape, device = held[0].shape, held[0].codes.device
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=device) for _ in held)
         for at in range(0, shape[1], AT_A_TIME):
             part = slice(at, at + AT_A_TIME)
-            k, k_scales, v, v_scales, spots = (x[:, part] for x in held)
-            exact = dequantise(k, k_scales)
-            keys[:, part] = exact if self._bias is None else exact + self._rotated_bias(spots)
-            values[:, part] = dequantise(v, v_scales)
+            keys[:, part], values[:, part] = (x.part(part).numbers() for x in held)
         return keys, values
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `KeyValues`. New tensors, without free room."""
-        return self.segment(0, self.length)
+    def _held(self, rows: slice, tokens: slice) -> tuple[EightBit, EightBit]:
+        assert self.buffers is not None
+        k, k_scales, v, v_scales, spots = (x[rows, tokens] for x in self.buffers)
+        return EightBit(k, k_scales, spots, self._bias), EightBit(v, v_scales)
+
+    def room(self) -> tuple[EightBit, EightBit]:
+        """See `KeyValues`. The buffers."""
+        return self._held(ALL_ROWS, ALL_ROWS)
 
     def size(self) -> tuple[int, torch.dtype]:
         """See `KeyValues`."""

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from qwen_longctx.ops.eight_bit import EightBit
+
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
 ALL_ROWS = slice(None)
@@ -20,7 +22,7 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything."""
 
     def size(self) -> tuple[int, torch.dtype]:
@@ -156,7 +158,7 @@ class Store:
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """See `KeyValues`. The buffers."""
         assert self.buffers is not None
         return self.buffers[0], self.buffers[1]
