@@ -15,12 +15,13 @@ from qwen_longctx.geometry import layout as layouts
 from qwen_longctx.geometry.rotary import rotate, rotation
 from qwen_longctx.kv.eight_bit import EightBitStore, Turning
 from qwen_longctx.ops import decode as ops_decode
-from qwen_longctx.ops.decode import MOST_TOKENS, Reach, decode, decode_triton, why_not
+from qwen_longctx.ops.decode import MOST_TOKENS, Reach, Sizes, decode, decode_triton, why_not
 from qwen_longctx.ops.eight_bit import EightBit, quantise
 from qwen_longctx.patches.method import cache_argument, cache_of
 from test_decode import BORDERS, KERNEL, TWIN, WAYS, Case, device_of, tokens_of, wherever_it_can
 
 KINDS = ["int8", "fp8"]
+SMALL = Sizes(rows=16, keys=16, warps=4, stages=2)
 INTERPRETED_ONLY = pytest.mark.skipif(bool(INTERPRETED.args[0]), reason=INTERPRETED.kwargs["reason"])
 
 
@@ -58,10 +59,11 @@ class EightBitCase(Case):
         return v * max(1.0, scale * q * k)
 
 
-def by(way, splits=None):
+def by(way, splits=None, size=SMALL):
+    """Tiles of 16 keys, so that most of them begin within a chunk; None takes those of the device."""
     if way == TWIN:
         return lambda case, scale: decode(case.q, *case.held, case.reach(), scale=scale)
-    return lambda case, scale: decode_triton(case.q, *case.held, case.reach(), scale=scale, splits=splits)
+    return lambda case, scale: decode_triton(case.q, *case.held, case.reach(), scale=scale, splits=splits, by=size)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -126,7 +128,7 @@ def test_long_chunks_in_one_part(way):
     """The rotation is carried on from tile to tile, 30 times."""
     how = {"chunk_size": 2000, "local_size": 16, "original_max_position_embeddings": 10**9}
     case = EightBitCase("int8", [0], 3960, heads=(1, 1), device=device_of(way), bias=50.0, **how)
-    case.check(by(way, 1))
+    case.check(by(way, 1, None))
 
 
 def one_key_at_a_time(codes, scales, dtype, device):
