@@ -11,6 +11,7 @@ from qwen_longctx.attention import dense
 from qwen_longctx.errors import PatchConflict, Unsupported
 from qwen_longctx.geometry.layout import Layout
 from qwen_longctx.geometry.rotary import rotate
+from qwen_longctx.kv.eight_bit import Turning
 from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops.device import cast
@@ -59,14 +60,18 @@ def attention_forward(
     if dual_chunk.slot is not None:
         kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot)
     elif past_key_values is not None:
-        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"))
-    held = kv.room()[0]
-    if held.shape[1] < dual_chunk.length:
+        tables = dual_chunk.tables
+        # a norm leaves no bias to take out, and layers that quantise weights may name none
+        bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
+        turning = Turning(tables.spots, *tables.source)
+        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
+    tokens, dtype = kv.size()
+    if tokens < dual_chunk.length:
         raise PatchConflict(
-            f"attention was given {held.shape[1]} of {dual_chunk.length} keys: the cache was dropped on the way, as "
+            f"attention was given {tokens} of {dual_chunk.length} keys: the cache was dropped on the way, as "
             "gradient checkpointing does. Train without past_key_values, or without gradient checkpointing"
         )
-    q = cast(q, held.dtype)
+    q = cast(q, dtype)
     in_graph = dual_chunk.reach is None or not torch.compiler.is_compiling()
     attend = dense.attend if in_graph else _attend_outside_of_graphs
     out = cast(attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)

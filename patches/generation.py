@@ -52,7 +52,7 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     if prompt is not None and (ours or cache is not None):
         _check_memory(self, prompt, cache, length, settings, configs, arguments)
     if ours:
-        cache = arguments["past_key_values"] = LongContextCache(length)
+        cache = arguments["past_key_values"] = LongContextCache(length, kv_cache=settings.kv_cache)
         if implementation is not None:  # transformers refuses it beside a cache
             arguments["cache_implementation"] = None
     captures = settings.cuda_graphs and limit - tokens >= graphs.FEWEST_TOKENS
@@ -197,9 +197,8 @@ def _check_memory(
     mask = padding_mask(arguments.get("attention_mask"))
     padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
     rows = prompt.shape[0] * max(beams, sequences)
-    room.check_room(
-        model.model, room.need_of(model.model, cache, length, rows, padded=padded, beams=beams > 1), settings
-    )
+    need = room.need_of(model.model, cache, length, rows, padded=padded, beams=beams > 1)
+    room.check_room(model.model, need, room.with_kind_of(cache, settings))
 
 
 def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:

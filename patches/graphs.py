@@ -284,8 +284,11 @@ class _Token:
         given, model = self._given, self._model
         dtype = model.embed_tokens.weight.dtype
         with torch.no_grad():
-            keys, reach = step.tables(given.numbers, len(run.call.rows), rotary=_rotary(model), dtype=dtype)
-            tables, kernel = RotaryTables.of_keys(keys), run.settings.kernel
+            rotary, kernel = _rotary(model), run.settings.kernel
+            keys, reach, spots = step.tables(
+                given.numbers, len(run.call.rows), run.settings.stride, rotary=rotary, dtype=dtype
+            )
+            tables = RotaryTables.of_keys(keys, spots, rotary.inv_freq, rotary.attention_scaling)
             here = Layout((), False, tables, kernel, run.call.end, run.mode, reach=reach, slot=given.slot)
             blank = torch.empty((0, 0, 0, 0), device=run.device)
             how = {"attention_mask": blank, OLD_NAME: run.cache, "use_cache": self._use_cache}

@@ -180,8 +180,14 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
         mode = "train"
+        if getattr(cache, "kv_cache", "device") != "device":
+            raise Unsupported(
+                f'a cache of kind "{cache.kv_cache}" has no gradients: call the model under torch.no_grad(), or make '
+                'the cache with kv_cache="device"'
+            )
     if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
-        cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0)
+        kind = "device" if mode == "train" else settings.kv_cache
+        cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0, kv_cache=kind)
     held = held_tokens(cache)
     # without it every token would wait for the device
     trusted = mode == "decode" and state is not None and held > 0 and held == state.followed == state.length
@@ -341,6 +347,8 @@ def needs_gradients(model: Any, inputs_embeds: torch.Tensor | None, cache: Any) 
         return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
         return True
-    if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in getattr(cache, "layers", ())):
+    eight_bit = getattr(cache, "kv_cache", "device") != "device"  # whose keys are worked out as they are read
+    layers = () if eight_bit else getattr(cache, "layers", ())
+    if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in layers):
         return True
     return any(parameter.requires_grad for parameter in model.parameters())

@@ -70,7 +70,13 @@ def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -
     padded = any(other != row for other in run.call.rows) or (row.first, row.last) != (0, run.call.end)
     need = need_of(base, run.cache, run.call.end, len(run.call.rows), padded=padded)
     settings = run.settings if cut else replace(run.settings, prefill_chunk_size=run.tokens)
+    settings = with_kind_of(run.cache, settings)
     check_room(base, need._replace(outputs=beside, at_the_end=at_the_end), settings)
+
+
+def with_kind_of(cache: Any, settings: LongContextConfig) -> LongContextConfig:
+    """The settings with the kind of the cache that the caller brings, if there is one."""
+    return settings if cache is None else replace(settings, kv_cache=getattr(cache, "kv_cache", "device"))
 
 
 def need_of(base: Any, cache: Any, tokens: int, rows: int, *, padded: bool, beams: bool = False) -> Need:

@@ -88,7 +88,7 @@ def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
     short = _shortened(settings, name)
     tokens = 2 * short.stride + short.stride // 2 + 1
     ids = torch.arange(tokens, device=device)[None] % base.config.vocab_size
-    cache = LongContextCache(max(tokens, _ROOM) + 1)
+    cache = LongContextCache(max(tokens, _ROOM) + 1, kv_cache=settings.kv_cache)
     state = sequence_of(cache)
     state.settings = short
     request = None

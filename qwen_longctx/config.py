@@ -18,6 +18,7 @@ from typing import Any
 from qwen_longctx import checkpoint
 from qwen_longctx.errors import InvalidType, InvalidValue
 
+KV_CACHES = ("device", "fp8", "int8")
 KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 # a rule of sparse prefill and the settings that it owns: the file of that name in sparsity/rules checks them
 _OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
@@ -162,7 +163,17 @@ class Kernels(_Part):
 
 
 @dataclass(frozen=True)
-class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses order the fields from the last base on
+class KeyValueCache(_Part):
+    """How keys and values are held."""
+
+    kv_cache: str = "device"
+
+    def __post_init__(self) -> None:
+        self._choice("kv_cache", KV_CACHES)
+
+
+@dataclass(frozen=True)
+class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # fields come from the last base on
     """Settings of dual chunk attention, of chunked prefill and of sparse prefill.
 
     Parameters
@@ -204,6 +215,8 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
     kernel : {"auto", "fa4", "flex", "sdpa", "reference"}
         Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
         dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
+    kv_cache : {"device", "fp8", "int8"}
+        How the caches that are made for a run hold keys and values: as they are, or in 8 bits.
     linear : {"auto", "fp8"}
         What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
         which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.
@@ -220,7 +233,7 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
     """
 
     def __post_init__(self) -> None:
-        for part in (Geometry, Prefill, Kernels, Sparse):
+        for part in (Geometry, Prefill, Kernels, Sparse, KeyValueCache):
             part.__post_init__(self)
         if self.sparse in ("off", "auto"):
             return

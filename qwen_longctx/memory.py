@@ -241,7 +241,7 @@ class _Planner:
         yield from self._more_cards(run)
 
     def _settings(self, run: _Run) -> Iterator[tuple[str, _Run]]:
-        """Settings to try: smaller prefill chunks, dense prefill, and both."""
+        """Settings to try: smaller prefill chunks, dense prefill, and both; then 8 bits."""
         settings = LongContextConfig.from_model_config(self.config, **run.settings)
         chunks = _smaller(min(settings.prefill_chunk_size, run.tokens))
         yield from (("smaller prefill chunks", run.but(prefill_chunk_size=size)) for size in chunks)
@@ -249,6 +249,11 @@ class _Planner:
             dense = run.but(sparse="off")
             yield "dense prefill", dense
             yield from (("dense prefill in smaller chunks", dense.but(prefill_chunk_size=size)) for size in chunks)
+        if settings.kv_cache == "device":
+            eight_bit = run.but(kv_cache="int8")
+            yield "keys and values in 8 bits", eight_bit
+            smaller = "keys and values in 8 bits, smaller prefill chunks"
+            yield from ((smaller, eight_bit.but(prefill_chunk_size=size)) for size in chunks)
 
     def _more_cards(self, run: _Run) -> Iterator[Suggestion]:
         """The fewest cards that hold the run; more of them than layers change nothing."""

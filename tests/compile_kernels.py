@@ -23,6 +23,14 @@ from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
+
+
+def eight_bit(codes, bias=None):
+    """Types of what a decoding step reads of a cache in 8 bits, of keys with a bias of some dtype or without one."""
+    types = {"k": f"*{codes}", "v": f"*{codes}", "k_scales": "*fp32", "v_scales": "*fp32"}
+    return types if bias is None else {**types, "bias": f"*{bias}", "frequencies": "*fp64"}
+
+
 KERNELS = [
     (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
     *(
@@ -79,13 +87,19 @@ KERNELS = [
             {
                 **{name: f"*{dtype}" for name in ("q", "k", "v", "cos", "sin")},
                 **{"ranges": "*i32", "heat": "*fp32", "sums": "*fp32", "lses": "*fp32", "scale": "fp32"},
+                **held,
             },
-            {"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys},
+            {"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys, "TILE": 64}
+            | {name: None for name in ("k_scales", "v_scales", "bias", "frequencies") if name not in held},
         )
-        for dtype, head_dim, dim, rows, keys in (
-            ("bf16", 128, 128, 16, 64),
-            ("bf16", 80, 128, 64, 64),
-            ("fp32", 256, 256, 16, 16),
+        for dtype, head_dim, dim, rows, keys, held in (
+            ("bf16", 128, 128, 16, 64, {}),
+            ("bf16", 80, 128, 64, 64, {}),
+            ("fp32", 256, 256, 16, 16, {}),
+            ("bf16", 128, 128, 16, 64, eight_bit("i8")),
+            ("bf16", 128, 128, 16, 64, eight_bit("u8")),
+            ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16")),
+            ("fp16", 80, 128, 64, 64, eight_bit("u8", "fp16")),
         )
     ),
     (

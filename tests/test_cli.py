@@ -89,6 +89,14 @@ def test_bench(what, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_decode_counts_the_bytes_of_8_bits(tmp_path):
+    output = tmp_path / "bench.json"
+    assert main(["bench", "decode", "--tiny", "--lengths", "90", "--kv-cache", "int8", "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["kv_cache"] == "int8" and row["kv_bytes"] == 90 * 2 * 2 * 2 * (16 + 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
 def test_bench_start(tmp_path):
     """Three processes, of which the third is warmed up; the user's own cache folders are left alone."""
     output = tmp_path / "bench.json"

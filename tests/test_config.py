@@ -24,7 +24,7 @@ def test_flat_keywords_are_the_interface():
     assert (settings.stride, settings.tile, settings.mlp_chunk_size, settings.density) == (192, 64, 7, 0.5)
     assert replace(settings, mlp_chunk_size=8).mlp_chunk_size == 8
     assert LongContextConfig.mlp_chunk_size == 2048
-    parts = (config.Geometry, config.Prefill, config.Sparse, config.Kernels)
+    parts = (config.Geometry, config.Prefill, config.Sparse, config.Kernels, config.KeyValueCache)
     assert [f.name for f in fields(LongContextConfig)] == [f.name for part in parts for f in fields(part)]
 
 

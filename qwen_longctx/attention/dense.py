@@ -50,7 +50,8 @@ def attend(
         Shape and dtype of `q`; zero at padding.
     """
     if layout.reach is not None:
-        return decode(q, *kv.room(), layout.reach, scale=scale)
+        k, v = kv.room()
+        return decode(q, k, v, layout.reach, scale=scale)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)

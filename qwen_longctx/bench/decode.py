@@ -17,7 +17,10 @@ from qwen_longctx.attention.dense import attend
 from qwen_longctx.bench.shapes import random_model
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.geometry.layout import Call, Layout, Origin, RotarySource, make_layout
+from qwen_longctx.kv.eight_bit import Turning
 from qwen_longctx.kv.sequence import transaction
+from qwen_longctx.kv.store import Store
+from qwen_longctx.ops.eight_bit import EightBit
 from qwen_longctx.patches.method import cache_argument
 
 LENGTHS = (4096, 32768, 131072, 524288, 1_000_000)
@@ -34,6 +37,7 @@ def measure(
     whole_up_to: int = 131072,
     rounds: int = 3,
     new_tokens: int = 32,
+    kv_cache: str = "device",
 ) -> Iterator[dict[str, Any]]:
     """Seconds of a decoded token after a cache of random keys and values, one row, beside the bytes that it reads.
 
@@ -55,6 +59,8 @@ def measure(
     whole_up_to : int
         Longest cache for stock transformers.
     rounds, new_tokens : int
+    kv_cache : {"device", "fp8", "int8"}
+        How our cache holds keys and values; stock transformers has them as they are.
     """
     model = random_model(device, tiny)
     bandwidth = _bandwidth(device)
@@ -64,11 +70,12 @@ def measure(
         row: dict[str, Any] = {
             "tokens": length,
             "new_tokens": new_tokens,
+            "kv_cache": kv_cache,
             "read_gb_per_second": round(bandwidth / 1e9, 1),
         }
-        ours = _our_cache(model, length, new_tokens, device)
+        ours = _our_cache(model, length, new_tokens, kv_cache)
         caches: dict[str, Any] = {"patched": ours, "without_graphs": ours}
-        held = sum(x.numel() * x.element_size() for layer in ours.layers for x in (layer.keys, layer.values))
+        held = sum(_bytes_read(layer.store) for layer in ours.layers)
         row |= {"weight_bytes": weights, "kv_bytes": held}
         if length <= whole_up_to:
             caches["stock"] = _stock_cache(ours)
@@ -94,17 +101,25 @@ def _bandwidth(device: torch.device) -> float:
     return x.numel() * x.element_size() / min(seconds)
 
 
-def _our_cache(model: Qwen2ForCausalLM, length: int, new_tokens: int, device: torch.device) -> LongContextCache:
-    """A cache as a prompt of `length` tokens leaves it, of random numbers."""
+def _bytes_read(store: Store) -> int:
+    """Bytes of keys and values that a token attends to."""
+    parts = ((x.codes, x.scales) if isinstance(x, EightBit) else (x,) for x in store.room())
+    return sum(x[:, : store.length].nbytes for part in parts for x in part)
+
+
+def _our_cache(model: Qwen2ForCausalLM, length: int, new_tokens: int, kv_cache: str) -> LongContextCache:
+    """A cache as a prompt of `length` tokens leaves it, of random numbers beside the biases of keys."""
     config, settings = model.config, LongContextConfig.from_model_config(model.config)
     shape = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    cache = LongContextCache(length + new_tokens + 1)
+    cache = LongContextCache(length + new_tokens + 1, kv_cache=kv_cache)
+    rotary = model.model.rotary_emb
     with transaction(cache, settings, (Origin(0),), model.model):
-        for layer in range(config.num_hidden_layers):
+        for number, layer in enumerate(model.model.layers):
             for start in range(0, length, _AT_A_TIME):
-                drawn = 2, 1, min(_AT_A_TIME, length - start), *shape
-                k, v = torch.randn(drawn, device=device, dtype=model.dtype)
-                cache.append(k, v, layer)
+                index = torch.arange(start, min(start + _AT_A_TIME, length), device=model.device)
+                k, v = torch.randn(2, 1, len(index), *shape, device=model.device, dtype=model.dtype)
+                turning = Turning(index[None] % settings.stride, rotary.inv_freq, rotary.attention_scaling)
+                cache.append(k, v, number, layer.self_attn.k_proj.bias, turning)
     return cache
 
 

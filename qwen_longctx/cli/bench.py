@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
-from qwen_longctx.config import LINEAR
+from qwen_longctx.config import KV_CACHES, LINEAR
 from qwen_longctx.errors import InvalidValue, Unsupported
 
 _OPTIONS = {
@@ -15,6 +15,7 @@ _OPTIONS = {
     "dense_layers": ("speed",),
     "whole_up_to": ("speed", "decode"),
     "linear": ("speed", "headline"),
+    "kv_cache": ("decode",),
 }
 
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
     parser.add_argument("--linear", choices=LINEAR, help="speed and headline: what the linear layers compute in")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="decode: how our cache holds keys and values")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 

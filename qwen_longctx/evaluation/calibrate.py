@@ -205,8 +205,8 @@ def _settings(config: Any, tokens: int, overrides: Mapping[str, Any]) -> LongCon
 @torch.no_grad()
 def _recall(model: Any, ids: torch.Tensor, budgets: HeadBudgets, overrides: Mapping[str, Any]) -> torch.Tensor:
     """Mean recall of every head over the spans of one prefill, shape (layers, heads)."""
-    cache = LongContextCache(ids.shape[1])
     settings = asdict(_settings(model.config, ids.shape[1], overrides))
+    cache = LongContextCache(ids.shape[1], kv_cache=settings["kv_cache"])
     with patched_qwen(model, **{**settings, "sparse_attention_config": dump(budgets)}):
         model(ids.to(passkey.input_device(model)), past_key_values=cache, use_cache=True, logits_to_keep=1)
     by_layer: dict[int, list[SpanRecord]] = {}

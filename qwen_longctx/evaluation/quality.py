@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
-from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, sparsity
+from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen, settings_of, sparsity
 from qwen_longctx.checkpoint import head_dim
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation import passkey
@@ -52,9 +52,11 @@ class Judged(NamedTuple):
 @torch.no_grad()
 def prefill(model: Any, ids: torch.Tensor, judged: int, overrides: dict[str, Any]) -> Judged:
     """Prefill `ids` of shape (1, tokens) under these settings and keep the logits that predict the last `judged`."""
-    cache = LongContextCache(ids.shape[1])
     cuda = ids.device.type == "cuda"
     with patched_qwen(model, **overrides):
+        settings = settings_of(model)
+        assert settings is not None  # of a patched model
+        cache = LongContextCache(ids.shape[1], kv_cache=settings.kv_cache)
         begin = time.perf_counter()
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=judged + 1).logits[0, :-1]
         if cuda:

@@ -175,7 +175,9 @@ def run(model: Any, reader: Reader, task: Task, mode: Mode, samples: Sequence[Sa
     batch = Batch.of(samples, reader, input_device(model))
     new_tokens = [sample.new_tokens if task.score else 0 for sample in samples]
     room = batch.ids.shape[1] + max(*map(len, batch.targets), *new_tokens)
-    cache = LongContextCache(room) if mode.patched else DynamicCache()
+    cache = DynamicCache()
+    if mode.patched:
+        cache = LongContextCache(room, kv_cache=mode.settings(model, model.config).kv_cache)
     seconds = prefill(model, batch, cache)
     kept = _kept(cache)
     likely = likelihoods(model, batch, cache)

@@ -390,8 +390,11 @@ def make_layout(
     """
     one_pass = takes_one_pass(settings, rotary, dtype, device, stop - start)
     if call.cached and mode != "train" and not weights and sparse is None and one_pass:
-        keys, reach = step.lay_out(call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device)
-        return Layout((), False, RotaryTables.of_keys(keys), settings.kernel, stop, mode, reach=reach)
+        keys, reach, spots = step.lay_out(
+            call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device
+        )
+        tables = RotaryTables.of_keys(keys, spots, rotary.inv_freq, rotary.attention_scaling)
+        return Layout((), False, tables, settings.kernel, stop, mode, reach=reach)
     groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)

@@ -74,6 +74,8 @@ def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
 class RotaryTables:
     """Rotations of one forward: `keys`, and those of queries by segment kind.
 
+    `spots`, shape (1 or rows, tokens), are the positions by which keys are rotated, `source` frequencies and scaling.
+
     Parameters
     ----------
     positions : torch.Tensor
@@ -104,7 +106,9 @@ class RotaryTables:
         self._table = table
         self._geometry = stride, chunk_size
         self._factors = factors
-        self.keys = table(key_positions(positions, stride))
+        self.spots = key_positions(positions, stride)
+        self.source = inv_freq, attention_scaling
+        self.keys = table(self.spots)
         self.queries: dict[Kind, Rotation] = {"intra": self.keys}
         if factors is not None:
             self.queries["intra"] = table(key_positions(positions, stride), factor=factors)
@@ -117,9 +121,12 @@ class RotaryTables:
             self.queries["inter"] = table(query_positions("inter", every, stride, chunk_size), factor=factors)
 
     @classmethod
-    def of_keys(cls, keys: Rotation) -> RotaryTables:
+    def of_keys(
+        cls, keys: Rotation, spots: torch.Tensor, inv_freq: torch.Tensor, attention_scaling: float
+    ) -> RotaryTables:
         """The rotation of keys alone, of a forward whose queries have theirs in a `Reach`."""
         tables = object.__new__(cls)
+        tables.spots, tables.source = spots, (inv_freq, attention_scaling)
         tables.keys, tables.queries, tables._factors = keys, {}, None
         return tables
 
@@ -143,6 +150,7 @@ class RotaryTables:
         """The same tables on another device."""
         moved = copy(self)
         moved._factors = None if self._factors is None else self._factors.to(device, non_blocking=True)
+        moved.spots = self.spots.to(device, non_blocking=True)
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {
             kind: moved.keys if table is self.keys else Rotation(*(t.to(device, non_blocking=True) for t in table))

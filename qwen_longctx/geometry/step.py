@@ -48,10 +48,10 @@ def lay_out(
     rotary: RotarySource,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Rotation, Reach]:
-    """The rotation of the keys of a decoding step, and the reach of its queries. Arguments as in `make_layout`."""
+) -> tuple[Rotation, Reach, torch.Tensor]:
+    """Rotation of the keys of a decoding step, reach of its queries, spots of its keys; see `make_layout`."""
     given = Numbers(*(_to(device, part) for part in numbers(call, start, stop, settings, device)))
-    return tables(given, len(call.rows), rotary=rotary, dtype=dtype)
+    return tables(given, len(call.rows), settings.stride, rotary=rotary, dtype=dtype)
 
 
 def numbers(call: Call, start: int, stop: int, settings: LongContextConfig, device: torch.device) -> Numbers:
@@ -64,7 +64,9 @@ def numbers(call: Call, start: int, stop: int, settings: LongContextConfig, devi
     return Numbers(torch.tensor(table, dtype=torch.int32, **how), torch.tensor(heat, dtype=torch.float32, **how))
 
 
-def tables(given: Numbers, batch: int, *, rotary: RotarySource, dtype: torch.dtype) -> tuple[Rotation, Reach]:
+def tables(
+    given: Numbers, batch: int, stride: int, *, rotary: RotarySource, dtype: torch.dtype
+) -> tuple[Rotation, Reach, torch.Tensor]:
     """`lay_out` from numbers on the device, for `batch` rows; all of it is work of the device."""
     table, heat = given
     positions = table[..., :SEGMENTS].permute(2, 0, 1)
@@ -73,7 +75,7 @@ def tables(given: Numbers, batch: int, *, rotary: RotarySource, dtype: torch.dty
     cos, sin = (x.unflatten(0, (SEGMENTS, -1)) for x in (cos, sin))
     if heat.shape[0] < batch:
         borders, heat = (x.repeat(batch, *[1] * (x.ndim - 1)) for x in (borders, heat))
-    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat)
+    return Rotation(cos[0], sin[0]), Reach(cos, sin, borders.contiguous(), heat, stride), positions[0]
 
 
 def _numbers(row: Extent, index: int, settings: LongContextConfig) -> list[int]:

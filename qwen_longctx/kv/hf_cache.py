@@ -10,8 +10,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from qwen_longctx import settings_of
+from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
 from qwen_longctx.kv import saved
+from qwen_longctx.kv.eight_bit import EightBitStore, Turning
 from qwen_longctx.kv.sequence import Sequence, follow_rows, forget
 from qwen_longctx.kv.store import Store, Tensors
 
@@ -28,10 +30,12 @@ class LongContextLayer(DynamicLayer):
     ----------
     capacity : int
         Tokens to make room for at once; 0 if unknown.
+    kind : {"device", "fp8", "int8"}
+        As of `LongContextCache`.
     """
 
-    def __init__(self, capacity: int = 0) -> None:
-        self.store = Store(capacity)
+    def __init__(self, capacity: int = 0, kind: str = "device") -> None:
+        self.store = Store(capacity) if kind == "device" else EightBitStore(kind, capacity)
         super().__init__()
 
     @property
@@ -61,6 +65,7 @@ class LongContextLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
         """Take the room: `key_states` of shape (batch, kv_heads, tokens, head_dim) gives batch, dtype and device."""
+        self._refuse_eight_bit()
         values = args[0] if args else key_states
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store.allocate(key_states.transpose(1, 2), values.transpose(1, 2))
@@ -70,15 +75,32 @@ class LongContextLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append tokens; both of shape (batch, kv_heads, tokens, head_dim). Returns views of all tokens so far."""
+        self._refuse_eight_bit()
         self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
         keys, values = self.store.segment(0, self.store.length)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> Store:
-        """`update` in the layout of the store, shape (batch, tokens, kv_heads, head_dim)."""
+    def _refuse_eight_bit(self) -> None:
+        """An unpatched attention does not say what bias is in its keys."""
+        if isinstance(self.store, EightBitStore):
+            raise Unsupported(
+                f'a cache of kind "{self.store.kind}" is filled by patched models only: call patch_qwen(model), or '
+                'make the cache with kv_cache="device"'
+            )
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, turning: Turning | None = None
+    ) -> Store:
+        """`update` in the layout of the store, shape (batch, tokens, kv_heads, head_dim).
+
+        `bias` and `turning` are for stores in 8 bits, see `EightBitStore.append`.
+        """
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
-        self.store.append(k, v)
+        if isinstance(self.store, EightBitStore):
+            self.store.append(k, v, bias, turning)
+        else:
+            self.store.append(k, v)
         return self.store
 
     def get_seq_length(self, *args: Any) -> int:
@@ -128,6 +150,8 @@ class LongContextCache(DynamicCache):
         at most 16,384 tokens.
     observer : sparsity.observer.Observer, optional
         Is told of the stages and spans of a prefill, for measurements.
+    kv_cache : {"device", "fp8", "int8"}
+        How keys and values are held: as they are, or in 8 bits.
 
     Attributes
     ----------
@@ -137,12 +161,15 @@ class LongContextCache(DynamicCache):
     Raises
     ------
     TypeError, ValueError
-        `capacity` is no whole number, negative, or more than any machine holds.
+        `capacity` is no whole number, negative, or more than any machine holds; or there is no such `kv_cache`.
     """
 
-    def __init__(self, capacity: int = 0, observer: Any = None) -> None:
+    def __init__(self, capacity: int = 0, observer: Any = None, kv_cache: str = "device") -> None:
         _check_capacity(capacity)
-        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity))
+        if not isinstance(kv_cache, str) or kv_cache not in KV_CACHES:
+            raise InvalidValue(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
+        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache))
+        self.kv_cache = kv_cache
         self.capacity = capacity
         self.qwen_longctx = Sequence()
         self.observer = observer
@@ -170,11 +197,18 @@ class LongContextCache(DynamicCache):
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> Store:
-        """Append to one layer in the layout of its store, as the patched attention does."""
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        bias: torch.Tensor | None = None,
+        turning: Turning | None = None,
+    ) -> Store:
+        """Append to one layer in the layout of its store, as the patched attention does; see `EightBitStore.append`."""
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())
-        return self.layers[layer].append(k, v)
+        return self.layers[layer].append(k, v, bias, turning)
 
     def report(self) -> dict[str, Any]:
         """What the prefill cost and what it kept.
@@ -216,6 +250,10 @@ class LongContextCache(DynamicCache):
         """
         if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
             raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
+        if self.kv_cache != "device":
+            raise Unsupported(
+                f'a cache of kind "{self.kv_cache}" cannot be saved: prefill the prefix with kv_cache="device"'
+            )
         saved.write(self, folder)
 
     @classmethod
@@ -321,12 +359,21 @@ def guard(cache: Any) -> None:
 
 
 def append(
-    cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None = None
+    cache: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    cache_position: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    turning: Turning | None = None,
 ) -> Store | Tensors:
-    """Append to one layer of any cache: `k`, `v` of shape (batch, tokens, kv_heads, head_dim), keys rotated."""
+    """Append to one layer of any cache: `k`, `v` of shape (batch, tokens, kv_heads, head_dim), keys rotated.
+
+    `bias` is in all keys, and `turning` says how it was rotated.
+    """
     if torch.compiler.is_compiling():
-        return _append_outside_of_graphs(cache, k, v, layer, cache_position)
-    return _append(cache, k, v, layer, cache_position)
+        return _append_outside_of_graphs(cache, k, v, layer, cache_position, bias, turning)
+    return _append(cache, k, v, layer, cache_position, bias, turning)
 
 
 def write(cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor) -> Store:
@@ -343,10 +390,16 @@ def _append_outside_of_graphs(*arguments: Any) -> Store | Tensors:
 
 
 def _append(
-    cache: Any, k: torch.Tensor, v: torch.Tensor, layer: int, cache_position: torch.Tensor | None
+    cache: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: int,
+    cache_position: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    turning: Turning | None,
 ) -> Store | Tensors:
     if isinstance(cache, LongContextCache):
-        return cache.append(k, v, layer)
+        return cache.append(k, v, layer, bias, turning)
     extra: dict[str, Any] = {_OURS: True}
     if cache_position is not None:
         extra["cache_position"] = cache_position

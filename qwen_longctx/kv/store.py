@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from qwen_longctx.ops.eight_bit import EightBit
+
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
 _IN_PLACE = 128 << 20  # bytes of a buffer up to which copying rows twice takes less than capturing a graph anew saves
@@ -21,8 +23,11 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything."""
+
+    def size(self) -> tuple[int, torch.dtype]:
+        """Tokens for which there are keys or room, and the dtype in which keys and values are handed out."""
 
     def key_means(self, size: int) -> torch.Tensor:
         """Means of every `size` keys of all rows, shape (batch, keys // size, kv_heads, head_dim)."""
@@ -41,6 +46,10 @@ class Tensors(NamedTuple):
     def room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`."""
         return self.k, self.v
+
+    def size(self) -> tuple[int, torch.dtype]:
+        """See `KeyValues`."""
+        return self.k.shape[1], self.k.dtype
 
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`."""
@@ -67,15 +76,15 @@ class Store:
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
         self.length = 0
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: tuple[torch.Tensor, ...] | None = None
         self._own = False  # nobody else has the buffers
         self._means: torch.Tensor | None = None
         self._mean_size = 0
 
-    def allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Take the room: `k`, `v` of shape (batch, tokens, kv_heads, head_dim) give batch, heads, dtype and device."""
-        room = max(self.capacity, k.shape[1])
-        self.buffers, self._own = (_room(k, room), _room(v, room)), True
+    def allocate(self, *like: torch.Tensor) -> None:
+        """Take the room for tensors such as `like`, of shape (batch, tokens, kv_heads, head_dim): keys, and values."""
+        room = max(self.capacity, like[0].shape[1])
+        self.buffers, self._own = tuple(_room(x, room) for x in like), True
         self.length, self._means = 0, None
 
     def adopt(self, which: int, taken: torch.Tensor | None) -> None:
@@ -90,18 +99,23 @@ class Store:
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Add tokens: `k` and `v` of shape (batch, tokens, kv_heads, head_dim)."""
-        stop = self.length + k.shape[1]
         if torch.is_grad_enabled() and self._in_a_graph(k, v):
             self._join(k, v)
+            self.length += k.shape[1]
         else:
-            if self.buffers is None or (self.length == 0 and not self._suits(k, v)):
-                self.allocate(k, v)
-            self._make_writable()
-            assert self.buffers is not None
-            if stop > self.buffers[0].shape[1]:
-                self._grow(stop)
-            for buffer, new in zip(self.buffers, (k, v), strict=True):
-                buffer[:, self.length : stop] = new
+            self._write(k, v)
+
+    def _write(self, *new: torch.Tensor) -> None:
+        """Put tokens behind those held, a tensor for each buffer."""
+        stop = self.length + new[0].shape[1]
+        if self.buffers is None or (self.length == 0 and not self._suits(*new)):
+            self.allocate(*new)
+        self._make_writable()
+        assert self.buffers is not None
+        if stop > self.buffers[0].shape[1]:
+            self._grow(stop)
+        for buffer, part in zip(self.buffers, new, strict=True):
+            buffer[:, self.length : stop] = part
         self.length = stop
 
     def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
@@ -122,11 +136,11 @@ class Store:
         """Hold the first `length` tokens, all of which have been written."""
         self.length = length
 
-    def _suits(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+    def _suits(self, *new: torch.Tensor) -> bool:
         """Whether the buffers can take other tokens such as these: of the same batch, heads, dtype and device."""
         return all(
             (x.shape[0], x.shape[2:], x.dtype, x.device) == (held.shape[0], held.shape[2:], held.dtype, held.device)
-            for held, x in zip(self.buffers or (), (k, v), strict=True)
+            for held, x in zip(self.buffers or (), new, strict=True)
         )
 
     def _in_a_graph(self, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -143,7 +157,7 @@ class Store:
         """Copy buffers made under `torch.inference_mode`, which cannot be written to outside of it."""
         assert self.buffers is not None
         if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
-            self.buffers = (self.buffers[0].clone(), self.buffers[1].clone())
+            self.buffers = tuple(buffer.clone() for buffer in self.buffers)
             self._means, self._own = None, True
 
     def _grow(self, least: int) -> None:
@@ -157,26 +171,30 @@ class Store:
                 new = old.new_empty(old.shape[0], least, *old.shape[2:])
             new[:, : self.length] = old[:, : self.length]
             grown.append(new)
-        self.buffers, self._own = (grown[0], grown[1]), True
+        self.buffers, self._own = tuple(grown), True
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. Views of the buffers."""
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """See `KeyValues`. The buffers."""
         assert self.buffers is not None
-        return self.buffers
+        return self.buffers[0], self.buffers[1]
+
+    def size(self) -> tuple[int, torch.dtype]:
+        """See `KeyValues`."""
+        assert self.buffers is not None
+        return self.buffers[0].shape[1], self.buffers[0].dtype
 
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`. Each mean is worked out once."""
-        assert self.buffers is not None
         if self._means is None or self._mean_size != size:
-            self._means, self._mean_size = self.buffers[0][:, :0], size
+            self._means, self._mean_size = self.segment(0, 0)[0], size
         known = self._means.shape[1]
         if known < self.length // size:
-            fresh = mean_keys(self.buffers[0][:, known * size : self.length], size)
+            fresh = mean_keys(self.segment(known * size, self.length)[0], size)
             self._means = torch.cat((self._means, fresh), dim=1)
         return self._means
 
@@ -202,7 +220,7 @@ class Store:
             new = old.new_empty(len(chosen), *old.shape[1:])
             new[:, : self.length] = old[:, : self.length].index_select(0, chosen)
             selected.append(new)
-        self.buffers, self._own = (selected[0], selected[1]), True
+        self.buffers, self._own = tuple(selected), True
 
     def _stays(self, rows: torch.Tensor) -> bool:
         """Whether rows are reordered within the buffers, whose addresses captured graphs know."""
@@ -225,5 +243,4 @@ def _part(x: torch.Tensor, start: int, stop: int, rows: slice) -> torch.Tensor:
 
 
 def _room(like: torch.Tensor, room: int) -> torch.Tensor:
-    batch, _, heads, head_dim = like.shape
-    return like.new_empty(batch, room, heads, head_dim)
+    return like.new_empty(like.shape[0], room, *like.shape[2:])

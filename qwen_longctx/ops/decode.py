@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.ops.device import HALF, cast, check_dtypes, older_than, uses_triton
+from qwen_longctx.ops.eight_bit import TILE, EightBit, KeyBias
 from qwen_longctx.ops.rotate import rotate
 from qwen_longctx.ops.triton_runtime import AVAILABLE, on_its_device, tl, triton
 
@@ -41,16 +42,20 @@ class Reach(NamedTuple):
         indices in the cache. Empty where ``start >= stop``; segments of one query are disjoint.
     heat : torch.Tensor
         Shape (batch, tokens), float32: factor on the logits of each query.
+    stride : int
+        Keys of a chunk: all segments of a row start a multiple of it apart, with a key that was rotated by 0.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     ranges: torch.Tensor
     heat: torch.Tensor
+    stride: int
 
     def to(self, device: torch.device) -> Reach:
         """The same on another device."""
-        return Reach(*(x.to(device, non_blocking=True) for x in self))
+        cos, sin, ranges, heat = (x.to(device, non_blocking=True) for x in self[:-1])
+        return Reach(cos, sin, ranges, heat, self.stride)
 
 
 def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> str:
@@ -78,16 +83,18 @@ def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: in
     return "" if AVAILABLE else "needs Triton"
 
 
-def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, scale: float) -> torch.Tensor:
+def decode(
+    q: torch.Tensor, k: torch.Tensor | EightBit, v: torch.Tensor | EightBit, reach: Reach, *, scale: float
+) -> torch.Tensor:
     """Attention of a few queries to the keys of all segments, one softmax over all of them.
 
     Parameters
     ----------
     q : torch.Tensor
         Shape (batch, tokens, heads, head_dim), not rotated.
-    k, v : torch.Tensor
-        Shape (batch, room, kv_heads, head_dim) of the dtype of `q`, keys rotated. What lies outside of all ranges, the
-        free room of a cache for example, is not read and may hold anything.
+    k, v : torch.Tensor, or both EightBit
+        Shape (batch, room, kv_heads, head_dim) of the dtype of `q`, or in 8 bits; keys rotated. What lies outside of
+        all ranges, the free room of a cache for example, is not read and may hold anything.
     reach : Reach
     scale : float
         Softmax scale without the attention temperature.
@@ -102,9 +109,14 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, s
     TypeError
         Queries, keys and values are of different dtypes.
     """
-    check_dtypes(q, k, v)
-    if uses_triton(q, k, v):
-        return decode_triton(q, k, v, reach, scale=scale)
+    if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+        check_dtypes(q, k, v)
+        if uses_triton(q, k, v):
+            return decode_triton(q, k, v, reach, scale=scale)
+    else:
+        if uses_triton(q):
+            return decode_triton(q, k, v, reach, scale=scale)
+        k, v = (x if isinstance(x, torch.Tensor) else x.numbers() for x in (k, v))
     exact = torch.promote_types(q.dtype, torch.float32)
     index = torch.arange(k.shape[1], device=k.device)
     start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
@@ -178,8 +190,8 @@ def _padded(count: int) -> int:
 @on_its_device
 def decode_triton(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | EightBit,
+    v: torch.Tensor | EightBit,
     reach: Reach,
     *,
     scale: float,
@@ -199,10 +211,12 @@ def decode_triton(
         return out
     fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, k.shape[1])
     by, splits = by or fitting, splits or filling
+    k, k_scales, bias = _held(k)
+    v, v_scales, _ = _held(v)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sums = torch.empty((splits, owners * rows, head_dim), dtype=torch.float32, device=q.device)
     lses = torch.empty((splits, owners * rows), dtype=torch.float32, device=q.device)
-    cos, sin, ranges, heat = reach
+    cos, sin, ranges, heat, stride = reach
     dim = _padded(head_dim)
     _decode[(splits, owners, -(-rows // by.rows))](
         q,
@@ -212,6 +226,9 @@ def decode_triton(
         sin,
         ranges,
         heat,
+        k_scales,
+        v_scales,
+        *((None, None) if bias is None else (bias.tile, bias.turns)),
         sums,
         lses,
         *q.stride()[:3],
@@ -222,12 +239,14 @@ def decode_triton(
         cos.stride(2),
         tokens,
         kv_heads,
+        min(stride, k.shape[1]),
         scale * math.log2(math.e),
         GROUP=group,
         HEAD_DIM=head_dim,
         DIM=dim,
         ROWS=by.rows,
         KEYS=by.keys,
+        TILE=TILE,
         num_warps=by.warps,
         num_stages=by.stages,
     )
@@ -247,12 +266,20 @@ def decode_triton(
     return out
 
 
-@triton.jit(do_not_specialize=("ranges",))  # a view that lies at any address
+def _held(x: torch.Tensor | EightBit) -> tuple[torch.Tensor, torch.Tensor | None, KeyBias | None]:
+    """Numbers or codes; scales if they are codes, and the bias that they lack."""
+    if isinstance(x, torch.Tensor):
+        return x, None, None
+    return x.codes.contiguous(), x.scales.contiguous(), x.bias
+
+
+@triton.jit(do_not_specialize=("ranges", "stride"))  # a view that lies at any address
 def _decode(  # type: ignore[no-untyped-def]
-    q, k, v, cos, sin, ranges, heat, sums, lses,
+    q, k, v, cos, sin, ranges, heat, k_scales, v_scales, bias, frequencies, sums, lses,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,
-    tokens, kv_heads, scale,
+    tokens, kv_heads, stride, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     split, owner = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (owner // kv_heads).to(tl.int64), owner % kv_heads
@@ -276,6 +303,14 @@ def _decode(  # type: ignore[no-untyped-def]
     heated = tl.load(heat + spot, mask=within, other=0.0) * scale
     q += batch * q_batch + kv_head * GROUP * q_head
     q_spot = token[:, None].to(tl.int64) * q_token + (row % GROUP)[:, None] * q_head
+    if k_scales is not None:
+        k_scales += batch * (k_batch // HEAD_DIM) + kv_head
+        v_scales += batch * (v_batch // HEAD_DIM) + kv_head
+    if bias is not None:
+        place = kv_head * (TILE * HEAD_DIM) + tl.arange(0, KEYS)[None, :] * HEAD_DIM + dim[:, None]
+        common_tile = tl.load(bias + place, mask=real[:, None], other=0.0)
+        turns = tl.load(frequencies + dim % (HEAD_DIM // 2))
+        c_tile, s_tile = _turned(turns, KEYS)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     table = batch * t_batch + token[:, None] * t_token + dim[None, :]
@@ -299,31 +334,110 @@ def _decode(  # type: ignore[no-untyped-def]
         other = tl.load(q + q_spot + turned[None, :], mask=inside, other=0.0).to(tl.float32)
         c = tl.load(cos + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
-        rotated = (plain * c + other * s).to(q.dtype.element_ty)
-        for here in range(begin, end, KEYS):
-            at = here + tl.arange(0, KEYS)
-            near = at < end
-            spots = k + at[None, :].to(tl.int64) * k_token + dim[:, None]
-            keys = tl.load(spots, mask=near[None, :] & real[:, None], other=0.0)
-            logits = tl.dot(rotated, keys, input_precision="ieee") * heated[:, None]
-            seen = (at[None, :] >= start[:, None]) & (at[None, :] < stop[:, None]) & near[None, :]
-            logits = tl.where(seen, logits, -float("inf"))
-            higher = tl.maximum(highest, tl.max(logits, 1))
-            safe = tl.where(higher == -float("inf"), 0.0, higher)
-            shrink = tl.exp2(highest - safe)
-            weights = tl.exp2(logits - safe[:, None])
-            norm = norm * shrink + tl.sum(weights, 1)
-            spots = v + at[:, None].to(tl.int64) * v_token + dim[None, :]
-            values = tl.load(spots, mask=near[:, None] & real[None, :], other=0.0)
-            result = result * shrink[:, None]
-            result += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-            highest = higher
+        exact = plain * c + other * s
+        rotated = exact.to(q.dtype.element_ty)
+        if bias is None:
+            for here in range(begin, end, KEYS):
+                at = here + tl.arange(0, KEYS)
+                near = at < end
+                highest, norm, result = _tile(
+                    rotated, None, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop, heated,
+                    dim, real, highest, norm, result,
+                )  # fmt: skip
+        else:
+            # The bias was rotated by the spot at which a tile begins and by the place in the tile. The first is undone
+            # on the queries instead, so that one rotated tile serves all.
+            across = tl.where(dim < HEAD_DIM // 2, 1.0, -1.0)[None, :] * (other * c - plain * s)
+            for chunk in range((begin - least) // stride, tl.cdiv(end - least, stride)):
+                left = least + chunk * stride
+                low = tl.maximum(begin, left)
+                high = left + tl.minimum(end - left, stride)
+                c_back, s_back = _turned(turns, low - left)
+                for here in range(low, high, KEYS):
+                    at = here + tl.arange(0, KEYS)
+                    near = at < high
+                    back = exact * c_back[None, :] + across * s_back[None, :]
+                    common = tl.dot(back.to(q.dtype.element_ty), common_tile, input_precision="ieee")
+                    c_next = c_back * c_tile - s_back * s_tile
+                    s_back = s_back * c_tile + c_back * s_tile
+                    c_back = c_next
+                    highest, norm, result = _tile(
+                        rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop,
+                        heated, dim, real, highest, norm, result,
+                    )  # fmt: skip
+    if v_scales is not None:
+        result *= _unit(v) / _lift(v)
     divisor = tl.where(norm > 0, norm, 1.0)
     spot = (split * tl.num_programs(1) + owner).to(tl.int64) * (tokens * GROUP) + row
     tl.store(
         sums + spot[:, None] * HEAD_DIM + dim[None, :], result / divisor[:, None], mask=within[:, None] & real[None, :]
     )
     tl.store(lses + spot, tl.where(norm > 0, highest + tl.log2(divisor), -float("inf")), mask=within)
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop, heated, dim, real,
+    highest, norm, result,
+):  # fmt: skip
+    """The running softmax and its sum of values with the keys `at` a tile added, of which `near` are to be read.
+
+    Logits of codes are those of their numbers but for the scale of each key, and what the keys have in `common`; the
+    scale of each value goes into its weight.
+    """
+    spots = k + at[None, :].to(tl.int64) * k_token + dim[:, None]
+    keys = _numbers(tl.load(spots, mask=near[None, :] & real[:, None], other=0), rotated.dtype)
+    logits = tl.dot(rotated, keys, input_precision="ieee")
+    if k_scales is not None:
+        logits *= (tl.load(k_scales + at.to(tl.int64) * kv_heads, mask=near, other=0.0) * _unit(k))[None, :]
+    if common is not None:
+        logits += common
+    logits = logits * heated[:, None]
+    seen = (at[None, :] >= start[:, None]) & (at[None, :] < stop[:, None]) & near[None, :]
+    logits = tl.where(seen, logits, -float("inf"))
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    safe = tl.where(higher == -float("inf"), 0.0, higher)
+    shrink = tl.exp2(highest - safe)
+    weights = tl.exp2(logits - safe[:, None])
+    norm = norm * shrink + tl.sum(weights, 1)
+    if v_scales is not None:
+        # lifted to the largest number of each value: a fp16 weight times a bare scale would vanish
+        weights *= (tl.load(v_scales + at.to(tl.int64) * kv_heads, mask=near, other=0.0) * _lift(v))[None, :]
+    spots = v + at[:, None].to(tl.int64) * v_token + dim[None, :]
+    values = _numbers(tl.load(spots, mask=near[:, None] & real[None, :], other=0), rotated.dtype)
+    result = result * shrink[:, None]
+    result += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return higher, norm, result
+
+
+@triton.jit
+def _numbers(codes, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes as exact numbers of a dtype, in units of `_unit`. By bits: not every device converts floats of 8 bits."""
+    if codes.dtype == tl.uint8:
+        bits = codes.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        codes = half.to(tl.float32)  # from here it is two instructions to bf16, and slow ones from half
+    return codes.to(dtype)
+
+
+@triton.jit
+def _unit(x):  # type: ignore[no-untyped-def]
+    """What numbers of `_numbers` are to be multiplied by."""
+    return 256.0 if x.dtype.element_ty == tl.uint8 else 1.0
+
+
+@triton.jit
+def _lift(x):  # type: ignore[no-untyped-def]
+    """About the largest code: what a scale times it comes near is the largest number of its vector."""
+    return 256.0 if x.dtype.element_ty == tl.uint8 else 128.0
+
+
+@triton.jit
+def _turned(turns, spots):  # type: ignore[no-untyped-def]
+    """Cosines and sines at some spots, by frequencies in turns: whole turns are dropped while they are exact."""
+    angle = turns * spots
+    angle = (angle - tl.floor(angle + 0.5)).to(tl.float32) * 6.283185307179586
+    return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
+from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
 from qwen_longctx.prefill.weights import Weights, weights_of
 
@@ -82,12 +83,14 @@ def on_fullest_card(
         part = replace(shape, layers=layers)
         if layers not in peaks:
             peaks[layers] = Prefill(part, tokens, batch, dtype, settings).peak()
-        found.append(Memory(size, kv_bytes(part, dtype) * tokens * batch, *peaks[layers]))
+        found.append(Memory(size, kv_bytes(part, dtype, settings.kv_cache) * tokens * batch, *peaks[layers]))
     return max(found, key=lambda memory: memory.total)
 
 
-def kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token of one row leaves in the cache."""
+def kv_bytes(shape: Shape, dtype: torch.dtype, kv_cache: str = "device") -> int:
+    """Bytes of keys and values that one token of one row leaves in a cache of a kind, see `LongContextConfig`."""
+    if kv_cache in eight_bit.KINDS:  # with a scale for each head, and where the token stands
+        return shape.layers * (2 * shape.kv_heads * (shape.head_dim + 4) + 4)
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
 
 
@@ -197,7 +200,7 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
 def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> tuple[int, int]:
     """Bytes of the cache that are not taken yet, and of everything else."""
     part = replace(shape, layers=device.layers)
-    each = kv_bytes(part, need.dtype) * need.batch
+    each = kv_bytes(part, need.dtype, settings.kv_cache) * need.batch
     peak = Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()
     copied = int(need.copied * need.tokens * each / device.layers)
     return each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied)

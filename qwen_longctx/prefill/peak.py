@@ -21,12 +21,15 @@ import torch
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Span, spans
+from qwen_longctx.kv.eight_bit import AT_A_TIME
+from qwen_longctx.ops import eight_bit
 from qwen_longctx.ops.merge import MOST_FUSED, TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.request import pays
 from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK, POOLED_ROWS
 
 _EMBEDDINGS_INPUT_NORMED = 3  # hidden states alive while a layer attends
 _IN_MLP = 5  # the embeddings, the layer's input, its sum with the attention's output, the norm of that, the output
+_IN_FLOAT32 = 5  # of a piece of keys: their numbers, the rotated bias and its two halves, the sum
 _INSIDE_MLP = 3  # gate, up and their product
 _EXPERT_COPIES = 4  # of every token for each of its experts: chosen, projected, weighted, and put back in order
 _SCORED = 8  # bytes a pair: scores in float32, and once more as segments are joined
@@ -118,7 +121,8 @@ class Prefill:
         for span in cut:
             kinds = len(span.segments)
             done = self.batch * (span.start - start) * self._queries
-            yield from self._of_span(span, base + done, (kinds + 2) * tables)
+            read = self._read_out(stop)
+            yield from self._of_span(span, base + done + read, (kinds + 2) * tables)
 
     def _of_span(self, span: Span, base: int, tables: int) -> Iterator[Peak]:
         kinds, rows = len(span.segments), span.stop - span.start
@@ -139,6 +143,13 @@ class Prefill:
         yield self._bytes(base + rotated + results, tables, log_sums, _MASKED * pairs + _LISTED * last)
         pooled = kinds * queries * POOLED_ROWS // tile + (queries if rows % tile else 0)
         yield self._bytes(base + rotated + pooled, tables, 0, _SCORED * pairs)
+
+    def _read_out(self, stop: int) -> int:
+        """Numbers of the keys and values of a layer that a cache in 8 bits hands out, pieces in float32 included."""
+        if self.settings.kv_cache not in eight_bit.KINDS:
+            return 0
+        width = self.batch * self.shape.kv_heads * self.shape.head_dim
+        return width * (2 * stop + _IN_FLOAT32 * min(stop, AT_A_TIME) * 4 // self.dtype.itemsize)
 
     def _inside_mlp(self, rows: int) -> int:
         """Numbers in one slice of an MLP, or in the experts, which take a chunk at once."""
