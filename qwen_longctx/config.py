@@ -147,12 +147,20 @@ class Sparse(_Part):
 
 @dataclass(frozen=True)
 class Kernels(_Part):
-    """The attention kernel."""
+    """The attention kernel, and what a decoded token attends to."""
 
     kernel: str = "auto"
+    sparse_decode: float | None = None
 
     def __post_init__(self) -> None:
         self._choice("kernel", KERNELS)
+        if self.sparse_decode is None:
+            return
+        object.__setattr__(self, "sparse_decode", share("sparse_decode", self.sparse_decode))
+        if self.kernel in ("sdpa", "reference"):
+            raise InvalidValue(
+                f"kernel={self.kernel!r} has no sparse_decode: leave kernel at 'auto', or sparse_decode out"
+            )
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,9 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
     kernel : {"auto", "fa4", "flex", "sdpa", "reference"}
         Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
         dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
+    sparse_decode : float, optional
+        Share of the keys, above 0 and up to 1, that a decoded token attends to in each KV head, 4,096 keys at least;
+        None is all of them. See ``docs/sparse-decode.md``.
 
     Raises
     ------

@@ -78,9 +78,14 @@ KERNELS = [
             {
                 **{name: f"*{dtype}" for name in ("q", "k", "v", "cos", "sin")},
                 **{"ranges": "*i32", "heat": "*fp32", "sums": "*fp32", "lses": "*fp32", "scale": "fp32"},
+                "blocks": "*i32",
             },
-            {"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys},
+            {
+                **{"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys},
+                **{"LISTED": listed, "BLOCK": 64},
+            },
         )
+        for listed in (0, 16)
         for dtype, head_dim, dim, rows, keys in (
             ("bf16", 128, 128, 16, 64),
             ("bf16", 80, 128, 64, 64),

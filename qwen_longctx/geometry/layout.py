@@ -19,7 +19,7 @@ from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.geometry import step
 from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables
-from qwen_longctx.ops.decode import Reach, why_not
+from qwen_longctx.ops.decode import MOST_TOKENS, Reach, why_not
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -134,6 +134,8 @@ class Layout:
         Sparse prefill of this forward.
     reach : Reach, optional
         Of a forward that runs `ops.decode` over all rows and segments at once; it has no groups.
+    keep : float, optional
+        Share of the keys that the queries of such a forward attend to; None is all.
     attended : list of int
         Numbers of the layers whose attention has used this layout, in order.
     """
@@ -147,6 +149,7 @@ class Layout:
     weights: bool = False
     sparse: Any = None
     reach: Reach | None = None
+    keep: float | None = None
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
@@ -385,9 +388,11 @@ def make_layout(
         Sparse prefill, if the forward asks for it.
     """
     kind = device, dtype, 2 * len(rotary.inv_freq), stop - start
-    if call.cached and mode != "train" and not weights and sparse is None and not why_not(settings.kernel, *kind):
+    keep = settings.sparse_decode
+    in_one_pass = not why_not(settings.kernel, *kind) or (keep is not None and stop - start <= MOST_TOKENS)
+    if call.cached and mode != "train" and not weights and sparse is None and in_one_pass:
         keys, reach = step.lay_out(call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device)
-        return Layout((), False, RotaryTables.of_keys(keys), settings.kernel, stop, mode, reach=reach)
+        return Layout((), False, RotaryTables.of_keys(keys), settings.kernel, stop, mode, reach=reach, keep=keep)
     groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)

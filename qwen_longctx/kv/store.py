@@ -176,7 +176,9 @@ class Store:
             new = old.new_empty(len(chosen), *old.shape[1:])
             new[:, : self.length] = old[:, : self.length].index_select(0, chosen)
             selected.append(new)
-        self.buffers, self._means = (selected[0], selected[1]), None
+        self.buffers = selected[0], selected[1]
+        if self._means is not None:  # beams are reordered at every token
+            self._means = self._means.index_select(0, rows.to(self._means.device))
 
 
 def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:

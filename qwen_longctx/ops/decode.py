@@ -19,6 +19,7 @@ from qwen_longctx.ops.triton_runtime import AVAILABLE, on_its_device, tl, triton
 
 MOST_TOKENS = 8  # new tokens of a row; more are a prefill, which is bound by arithmetic
 SEGMENTS = 3
+BLOCK = 64  # keys of a block in a list, a multiple of the keys of every tile
 _MOST_SPLITS = 128  # parts that are joined at once
 _FEWEST_KEYS = 128  # of a part: shorter ones cost more to join than they save
 _PROGRAMS_A_PROCESSOR = 2  # resident at once: one loads while the other computes
@@ -71,14 +72,27 @@ def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"takes up to {MOST_TOKENS} tokens, not {tokens}"
     if dtype not in (*HALF, torch.float32):
         return f"takes no {dtype}"
-    if head_dim % 8 or not 16 <= head_dim <= 256:
+    if not takes_head_dim(head_dim):
         return f"takes head dims from 16 to 256 in steps of 8, not {head_dim}"
     if lack := older_than(device, _CAPABILITY):
         return lack
     return "" if AVAILABLE else "needs Triton"
 
 
-def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, scale: float) -> torch.Tensor:
+def takes_head_dim(head_dim: int) -> bool:
+    """Whether the kernel is made for heads of so many numbers."""
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+
+
+def decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    reach: Reach,
+    *,
+    scale: float,
+    blocks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of a few queries to the keys of all segments, one softmax over all of them.
 
     Parameters
@@ -91,6 +105,10 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, s
     reach : Reach
     scale : float
         Softmax scale without the attention temperature.
+    blocks : torch.Tensor, optional
+        Shape (batch, kv_heads, count), int32, in rising order, each once: numbers of the blocks of `BLOCK` keys,
+        counted from index 0 of the cache, that are attended to; others are not read. Those beyond the last key are
+        ignored.
 
     Returns
     -------
@@ -103,12 +121,14 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, s
         Queries, keys and values are of different dtypes.
     """
     check_dtypes(q, k, v)
-    if uses_triton(q, k, v):
-        return decode_triton(q, k, v, reach, scale=scale)
+    if uses_triton(q, k, v) and takes_head_dim(q.shape[3]):
+        return decode_triton(q, k, v, reach, scale=scale, blocks=blocks)
     exact = torch.promote_types(q.dtype, torch.float32)
     index = torch.arange(k.shape[1], device=k.device)
     start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
-    inside = (index >= start) & (index < stop)
+    inside = (index >= start) & (index < stop)  # (batch, 1 or kv_heads, 1, tokens, segments, keys)
+    if blocks is not None:
+        inside = inside & _kept(blocks, k.shape[1])[:, :, None, None, None]
     logits = torch.zeros((), dtype=exact, device=q.device)
     for segment in range(SEGMENTS):
         rotated = cast(rotate(q, reach.cos[segment], reach.sin[segment]), q.dtype).unflatten(2, (k.shape[2], -1))
@@ -117,8 +137,17 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reach: Reach, *, s
     logits = logits * (reach.heat[:, None, None, :, None].to(exact) * scale)
     logits = logits.masked_fill(~inside.any(-2), -torch.inf)
     weights = torch.exp(logits - logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(exact).min))
-    values = v.to(exact).where(inside.any(-2).any(3)[:, 0, 0, :, None, None], 0.0)
+    used = inside.any(-2).any(3)[:, :, 0].transpose(1, 2)[..., None]
+    values = v.to(exact).where(used, 0.0)
     return torch.einsum("bngts,bsnd->btngd", weights, values).flatten(2, 3).to(q.dtype)
+
+
+def _kept(blocks: torch.Tensor, keys: int) -> torch.Tensor:
+    """Bool of shape (batch, kv_heads, keys): the block of the key is listed."""
+    count = -(-keys // BLOCK)
+    listed = torch.zeros((*blocks.shape[:2], count + 1), dtype=torch.bool, device=blocks.device)
+    listed.scatter_(2, blocks.long().clamp(max=count), True)
+    return listed[..., :count].repeat_interleave(BLOCK, -1)[..., :keys]
 
 
 class Sizes(NamedTuple):
@@ -183,6 +212,7 @@ def decode_triton(
     reach: Reach,
     *,
     scale: float,
+    blocks: torch.Tensor | None = None,
     by: Sizes | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -197,7 +227,8 @@ def decode_triton(
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, k.shape[1])
+    listed = 0 if blocks is None else blocks.shape[2]
+    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1])
     by, splits = by or fitting, splits or filling
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     sums = torch.empty((splits, owners * rows, head_dim), dtype=torch.float32, device=q.device)
@@ -212,6 +243,7 @@ def decode_triton(
         sin,
         ranges,
         heat,
+        heat if blocks is None else blocks.contiguous(),
         sums,
         lses,
         *q.stride()[:3],
@@ -222,7 +254,10 @@ def decode_triton(
         cos.stride(2),
         tokens,
         kv_heads,
+        listed,
         scale * math.log2(math.e),
+        LISTED=0 if blocks is None else 1 << (-(-listed // splits) - 1).bit_length(),
+        BLOCK=BLOCK,
         GROUP=group,
         HEAD_DIM=head_dim,
         DIM=dim,
@@ -249,9 +284,10 @@ def decode_triton(
 
 @triton.jit
 def _decode(  # type: ignore[no-untyped-def]
-    q, k, v, cos, sin, ranges, heat, sums, lses,
+    q, k, v, cos, sin, ranges, heat, blocks, sums, lses,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,
-    tokens, kv_heads, scale,
+    tokens, kv_heads, listed, scale,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     split, owner = tl.program_id(0), tl.program_id(1)
@@ -273,6 +309,12 @@ def _decode(  # type: ignore[no-untyped-def]
     part = tl.cdiv(tl.cdiv(total, tl.num_programs(0)), KEYS) * KEYS
     first = split * part
     last = tl.minimum(first + part, total)
+    if LISTED:  # or the blocks of a list are, which has so many for a part at most
+        part = tl.cdiv(listed, tl.num_programs(0))
+        entry = tl.arange(0, LISTED)
+        blocks += owner.to(tl.int64) * listed + split * part
+        mine = (entry < part) & (split * part + entry < listed)
+        block = tl.load(blocks + entry, mask=mine, other=0)
     heated = tl.load(heat + spot, mask=within, other=0.0) * scale
     q += batch * q_batch + kv_head * GROUP * q_head
     q_spot = token[:, None].to(tl.int64) * q_token + (row % GROUP)[:, None] * q_head
@@ -292,6 +334,10 @@ def _decode(  # type: ignore[no-untyped-def]
         begin = least + tl.minimum(tl.maximum(first - before, 0), count)
         end = least + tl.minimum(tl.maximum(last - before, 0), count)
         before += count
+        if LISTED:  # numbers rise, so the blocks of a segment stand together
+            passed = tl.sum((mine & ((block + 1) * BLOCK <= least)).to(tl.int32), 0)
+            near_or_passed = tl.sum((mine & (block * BLOCK < least + count)).to(tl.int32), 0)
+            begin, end = passed * BLOCK, near_or_passed * BLOCK
         inside = within[:, None] & real[None, :]
         plain = tl.load(q + q_spot + dim[None, :], mask=inside, other=0.0).to(tl.float32)
         other = tl.load(q + q_spot + turned[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -301,6 +347,9 @@ def _decode(  # type: ignore[no-untyped-def]
         for here in range(begin, end, KEYS):
             at = here + tl.arange(0, KEYS)
             near = at < end
+            if LISTED:
+                at += tl.load(blocks + here // BLOCK) * BLOCK - here // BLOCK * BLOCK
+                near = (at >= least) & (at < least + count)
             spots = k + at[None, :].to(tl.int64) * k_token + dim[:, None]
             keys = tl.load(spots, mask=near[None, :] & real[:, None], other=0.0)
             logits = tl.dot(rotated, keys, input_precision="ieee") * heated[:, None]

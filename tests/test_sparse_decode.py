@@ -1,0 +1,273 @@
+"""Sparse decode: the choice of blocks and the attention to them, against float64 definitions, and through models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from definition import _pair_logits, all_rotations
+from helpers import INTERPRETED, tiny_model
+from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
+from qwen_longctx.attention import choice
+from qwen_longctx.attention.choice import blocks_kept, choose
+from qwen_longctx.attention.dense import attend
+from qwen_longctx.errors import InvalidType, InvalidValue
+from qwen_longctx.kv.store import Store, Tensors, mean_keys
+from qwen_longctx.ops.decode import BLOCK, decode, decode_triton
+from qwen_longctx.patches.method import cache_argument, cache_of
+from test_decode import Case, device_of
+
+TWIN, KERNEL = "twin", pytest.param("kernel", marks=INTERPRETED)
+WAYS = [TWIN, KERNEL, pytest.param("cuda", marks=pytest.mark.gpu)]
+LONG = {"chunk_size": 320, "local_size": 70, "original_max_position_embeddings": 10**9}
+
+
+def definition(case, blocks, scale):
+    """Attention of every query to the keys of its row in the listed blocks, in float64."""
+    out = torch.zeros(case.q.shape, dtype=torch.float64)
+    group = case.q.shape[2] // case.k.shape[2]
+    for row, token, position, keys in case.each():
+        k, v = (x[row, keys].cpu().double().repeat_interleave(group, 1) for x in (case.k, case.v))
+        at = all_rotations(position + 1, case.settings.chunk_size, case.settings.local_size)[position][None]
+        logits = _pair_logits(case.q[row, token].cpu().double()[None], k, at, case.rotary.inv_freq.cpu().double())
+        block = torch.arange(keys.start, keys.stop) // BLOCK
+        kept = torch.stack([torch.isin(block, chosen) for chosen in blocks[row].cpu()]).repeat_interleave(group, 0)
+        heat = case.call.temperature(case.call.rows[row], position, case.settings)
+        logits = (logits * scale * heat).masked_fill(~kept[:, None], -torch.inf)
+        weights = logits.softmax(-1).nan_to_num()  # a query may see none of the blocks
+        out[row, token] = torch.einsum("hts,shd->thd", weights, v)[0]
+    return out
+
+
+def check(way, case, blocks, scale=0.3, splits=None):
+    true = definition(case, blocks, scale)
+    if way == TWIN:
+        found = decode(case.q, case.keys, case.v, case.reach(), scale=scale, blocks=blocks)
+    else:
+        how = {"scale": scale, "blocks": blocks, "splits": splits}
+        found = decode_triton(case.q, case.keys, case.v, case.reach(), **how)
+    error = 64 * torch.finfo(case.q.dtype).eps * case.v.nan_to_num().abs().max().item()
+    assert (found.cpu().double() - true).abs().max() <= error
+
+
+def some_blocks(case, count, seed=0):
+    every = -(-case.end // BLOCK)
+    generator = torch.Generator().manual_seed(seed)
+    batch, kv_heads = len(case.firsts), case.k.shape[2]
+    orders = [torch.randperm(every, generator=generator)[:count].sort().values for _ in range(batch * kv_heads)]
+    return torch.stack(orders).unflatten(0, (batch, kv_heads)).to(case.q.device, torch.int32)
+
+
+@settings(max_examples=12)
+@given(st.data())
+@pytest.mark.parametrize("way", WAYS)
+def test_random_lists(way, data):
+    """Lengths, borders of chunks, padding, groups, head dims, drafts, lists and splits."""
+
+    def whole(least, most):
+        return data.draw(st.integers(least, most))
+
+    torch.manual_seed(whole(0, 10**6))
+    chunk = whole(40, 400)
+    config = {"chunk_size": chunk, "local_size": whole(1, chunk // 2), "original_max_position_embeddings": whole(4, 99)}
+    end = whole(8, 700)
+    kv_heads = whole(1, 3)
+    firsts = data.draw(st.lists(st.none() | st.integers(0, end - 1), min_size=1, max_size=3))
+    heads = kv_heads * whole(1, 8), kv_heads
+    case = Case(firsts, end, whole(1, 8), heads, 8 * whole(2, 9), torch.float32, device_of(way), **config)
+    check(way, case, some_blocks(case, whole(1, -(-end // BLOCK)), end), splits=whole(1, 9))
+
+
+@pytest.mark.parametrize("way", [TWIN, KERNEL])
+def test_numbers_beyond_the_last_key_are_ignored(way):
+    case = Case([0, 90], 300, 2, **LONG)
+    blocks = some_blocks(case, 3)
+    check(way, case, torch.cat((blocks, torch.full_like(blocks, 1000)), -1), splits=2)
+
+
+def scores(case, scale):
+    """Share of each mean that the query wants most, straight from the text of `choose`, in float64."""
+    means = mean_keys(case.keys[:, : case.end].double(), choice.MEAN)
+    group, stride = case.q.shape[2] // case.k.shape[2], case.settings.stride
+    found = torch.zeros(len(case.firsts), case.k.shape[2], means.shape[1], dtype=torch.float64)
+    for row, token, position, _ in case.each():
+        first = case.firsts[row]
+        inside = [
+            m
+            for m in range(means.shape[1])
+            if m * choice.MEAN >= first and (m + 1) * choice.MEAN - 1 <= first + position
+        ]
+        heat = case.call.temperature(case.call.rows[row], position, case.settings)
+        for head in range(case.q.shape[2]):
+            logits = []
+            for m in inside:
+                apart = position // stride - ((m + 1) * choice.MEAN - 1 - first) // stride
+                at = [position % stride, min(position % stride + stride, case.settings.chunk_size)]
+                at = (at + [case.settings.chunk_size])[min(apart, 2)]
+                angle = at * case.rotary.inv_freq.double()
+                a, b = case.q[row, token, head].double().chunk(2)
+                turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+                logits.append(turned @ means[row, m, head // group] * scale * heat)
+            if logits:
+                shares = torch.stack(logits).softmax(0)
+                mine = found[row, head // group]
+                mine[inside] = torch.maximum(mine[inside], shares)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("end", [1999, 2048, 2300])
+def test_the_choice_is_that_of_the_definition(tokens, end):
+    """Chunks of 250 keys: borders within blocks and within means; rows that begin within a block, and padding alone."""
+    torch.manual_seed(end)
+    case = Case([0, 333, None], end, tokens, **{**LONG, "original_max_position_embeddings": 100})
+    every, count = -(-end // BLOCK), 24
+    blocks = choose(case.q, Tensors(case.keys, case.v), case.reach(), end, count, scale=0.9)
+    wanted = (
+        torch.nn.functional.pad(scores(case, 0.9), (0, 2 * every - end // choice.MEAN)).unflatten(2, (-1, 2)).sum(3)
+    )
+    for row, first in enumerate(case.firsts[:2]):
+        newest = [b for b in range(every) if (b + 1) * BLOCK > end - choice.NEWEST]
+        wanted[row][:, [first // BLOCK, first // BLOCK + 1, *newest]] = 2.0
+        assert (blocks[row].diff(dim=-1) > 0).all()
+        expected = wanted[row].topk(count, -1)
+        margin = expected.values[:, -1] - wanted[row].topk(count + 1, -1).values[:, -1]
+        assert (margin > 1e-7).all()  # no tie that rounding could break
+        assert blocks[row].tolist() == expected.indices.sort(-1).values.tolist()
+
+
+def test_how_many_blocks():
+    assert blocks_kept(0.05, choice.LEAST) is None
+    assert blocks_kept(0.05, choice.LEAST + 1) == choice.LEAST // BLOCK
+    assert blocks_kept(1.0, 10**6) is None
+    assert blocks_kept(0.05, 999_424) == -(-49_971 // BLOCK)  # 61 steps of 16,384
+    counts = {blocks_kept(0.05, length) for length in range(400_000, 409_600, 7)}
+    assert len(counts) == 1  # shapes stay while a sequence grows
+
+
+def test_means_follow_crops_and_beams():
+    torch.manual_seed(0)
+    store = Store(300)
+    k = torch.randn(3, 256, 2, 16)
+    store.append(k[:, :200], k[:, :200])
+    store.key_means(32)
+    store.truncate(150)
+    rows = torch.tensor([2, 0])
+    store.select_rows(rows)
+    new = torch.randn(2, 90, 2, 16)
+    store.append(new, new)
+    wanted = mean_keys(torch.cat((k[rows, :150], new), 1), 32)
+    assert torch.equal(store.key_means(32), wanted)
+
+
+# --- whole models -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Sparse from 192 keys on."""
+    monkeypatch.setattr(choice, "LEAST", 128)
+    monkeypatch.setattr(choice, "NEWEST", 64)
+    monkeypatch.setattr(choice, "_STEP", 64)
+
+
+def tokens_of(model, ids, mask, **how):
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False, **how)
+    return out.tolist()
+
+
+def batch(rows=3, length=400):
+    torch.manual_seed(1)
+    ids, mask = torch.randint(1, 97, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+    if rows > 1:
+        mask[1, :20], mask[2, :85] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
+def test_all_keys_give_the_tokens_of_dense(family, how, short):
+    model = tiny_model(family, head_dim=16)
+    ids, mask = batch(1 if "prompt_lookup_num_tokens" in how else 3)
+    with patched_qwen(model):
+        wanted = tokens_of(model, ids, mask, **how)
+    with patched_qwen(model, sparse_decode=1.0):
+        assert tokens_of(model, ids, mask, **how) == wanted
+
+
+def step_logits(model, ids, mask):
+    with torch.no_grad():
+        cache = cache_of(model(ids, attention_mask=mask[:, :-1], use_cache=True))
+        return model(ids[:, :1], attention_mask=mask, **cache_argument(cache)).logits
+
+
+def test_a_share_changes_the_step_and_not_the_prompt(short):
+    model = tiny_model(head_dim=16)
+    ids, mask = batch()
+    longer = torch.cat((mask, mask[:, :1] * 0 + 1), 1)
+    with patched_qwen(model):
+        prompt, dense = model(ids, attention_mask=mask).logits, step_logits(model, ids, longer)
+    with patched_qwen(model, sparse_decode=0.1):
+        assert torch.equal(model(ids, attention_mask=mask).logits, prompt)
+        sparse = step_logits(model, ids, longer)
+        assert not torch.equal(sparse, dense)
+        # a row of the batch is as it is alone, but for where its padding puts the borders of blocks
+        alone = step_logits(model, ids[:1], longer[:1])
+    torch.testing.assert_close(sparse[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_any_cache_gives_the_same_tokens(how, short):
+    """Means that are kept, and those worked out anew for a foreign cache."""
+    model = patch_qwen(tiny_model(head_dim=16), sparse_decode=0.1)
+    ids, mask = batch()
+    wanted = tokens_of(model, ids, mask, **how)
+    assert wanted == tokens_of(model, ids, mask, cache_implementation="dynamic", **how)
+    if not how:
+        from transformers import DynamicCache
+
+        assert wanted == tokens_of(model, ids, mask, **cache_argument(DynamicCache()))
+
+
+def test_a_cropped_cache_goes_on_as_before(short):
+    model = patch_qwen(tiny_model(head_dim=16), sparse_decode=0.1)
+    ids, mask = batch(1)
+    cache, fresh = LongContextCache(), LongContextCache()
+    tokens_of(model, ids, mask, **cache_argument(cache))
+    cache.crop(ids.shape[1] - 1)
+    with torch.no_grad():
+        model(ids[:, :-1], use_cache=True, **cache_argument(fresh))
+    wanted = tokens_of(model, ids, mask, **cache_argument(fresh))
+    assert tokens_of(model, ids, mask, **cache_argument(cache)) == wanted
+
+
+def test_short_sequences_are_exact():
+    """Below 4,096 keys nothing is left out: the step is that of all keys, bit for bit."""
+    case = Case([0], 2000, **LONG)
+    kv = Tensors(case.keys, case.v)
+    how = {"original_max_position_embeddings": 10**9, "chunk_size": 320, "local_size": 70}
+    outs = []
+    for share in (1.0, 0.01):
+        case.settings = LongContextConfig(**how, sparse_decode=share)
+        outs.append(attend(case.q, kv, case.layout(), 0.3))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, float("nan"), float("inf")])
+def test_hostile_values_are_refused(value):
+    with pytest.raises(InvalidValue, match="sparse_decode must lie between 0 and 1"):
+        patch_qwen(tiny_model(), sparse_decode=value)
+
+
+@pytest.mark.parametrize("value", ["0.1", True, [0.1]])
+def test_hostile_types_are_refused(value):
+    with pytest.raises(InvalidType, match="sparse_decode must be a number"):
+        patch_qwen(tiny_model(), sparse_decode=value)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+def test_kernels_without_lists_are_refused(kernel):
+    with pytest.raises(InvalidValue, match="has no sparse_decode"):
+        patch_qwen(tiny_model(), sparse_decode=0.1, kernel=kernel)
