@@ -14,10 +14,14 @@ from qwen_longctx.attention import choice
 from qwen_longctx.attention.choice import blocks_kept, choose
 from qwen_longctx.attention.dense import attend
 from qwen_longctx.errors import InvalidType, InvalidValue
+from qwen_longctx.evaluation import runner
+from qwen_longctx.evaluation.modes import in_mode, mode_of
+from qwen_longctx.evaluation.task import Reader
 from qwen_longctx.kv.store import Store, Tensors, mean_keys
 from qwen_longctx.ops.decode import BLOCK, decode, decode_triton
 from qwen_longctx.patches.method import cache_argument, cache_of
 from test_decode import Case, device_of
+from test_eval_runner import Letters, random_rows
 
 TWIN, KERNEL = "twin", pytest.param("kernel", marks=INTERPRETED)
 WAYS = [TWIN, KERNEL, pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -125,9 +129,8 @@ def test_the_choice_is_that_of_the_definition(tokens, end):
     case = Case([0, 333, None], end, tokens, **{**LONG, "original_max_position_embeddings": 100})
     every, count = -(-end // BLOCK), 24
     blocks = choose(case.q, Tensors(case.keys, case.v), case.reach(), end, count, scale=0.9)
-    wanted = (
-        torch.nn.functional.pad(scores(case, 0.9), (0, 2 * every - end // choice.MEAN)).unflatten(2, (-1, 2)).sum(3)
-    )
+    shares = torch.nn.functional.pad(scores(case, 0.9), (0, 2 * every - end // choice.MEAN))
+    wanted = shares.unflatten(2, (-1, 2)).sum(3)
     for row, first in enumerate(case.firsts[:2]):
         newest = [b for b in range(every) if (b + 1) * BLOCK > end - choice.NEWEST]
         wanted[row][:, [first // BLOCK, first // BLOCK + 1, *newest]] = 2.0
@@ -271,3 +274,23 @@ def test_hostile_types_are_refused(value):
 def test_kernels_without_lists_are_refused(kernel):
     with pytest.raises(InvalidValue, match="has no sparse_decode"):
         patch_qwen(tiny_model(), sparse_decode=0.1, kernel=kernel)
+
+
+@pytest.mark.parametrize("mode", ["dense", "dense:sparse_decode=0.1"])
+def test_the_likelihood_of_an_answer_is_that_of_its_decoded_tokens(mode, short):
+    """A token at a time, where decoding is sparse, and as generate would; in one forward as before where it is not."""
+    model, one = tiny_model(head_dim=16), mode_of(mode)
+    rows = list(random_rows(400, 2, 0, target=12))
+    batch = runner.Batch.of(rows, Reader(Letters()), torch.device("cpu"))
+    with in_mode(model, one, 400), torch.no_grad():
+        cache = LongContextCache()
+        runner.prefill(model, batch, cache)
+        found = runner.likelihoods(model, batch, cache, by_token="sparse" in mode)
+        assert cache.get_seq_length() == batch.ids.shape[1] - 1
+        for row, sample in enumerate(rows):
+            own, nll, token = LongContextCache(), 0.0, sample.prompt[-1]
+            model(torch.tensor([sample.prompt[:-1]]), **cache_argument(own))
+            for wanted in sample.target:
+                logits = model(torch.tensor([[token]]), **cache_argument(own)).logits[0, -1]
+                nll, token = nll - logits.log_softmax(-1)[wanted].item(), wanted
+            assert found[row][0] == pytest.approx(nll / len(sample.target), abs=1e-4)

@@ -25,10 +25,10 @@ def blocks_kept(share: float, length: int) -> int | None:
 def choose(q: torch.Tensor, kv: KeyValues, reach: Reach, length: int, count: int, *, scale: float) -> torch.Tensor:
     """The `count` blocks of `ops.decode.BLOCK` keys that score best, for each row and KV head.
 
-    A query scores each mean of 32 keys with its rotation for the segment in which the last of those keys lies, and takes
-    a softmax over all means of its row. A block scores the sum of its means, in the query that wants it most, among the
-    new tokens and the heads of a group. The block in which a row begins, the one after it, and the newest 1,024 keys are
-    kept always. Nothing waits for the device, and no shape depends on its numbers.
+    A query scores each mean of 32 keys with its rotation for the segment in which the last of those keys lies, and
+    takes a softmax over all means of its row. A mean counts as the query that wants it most, among the new tokens and
+    the heads of a group, and a block scores the sum of its means. The block in which a row begins, the one after it,
+    and the newest 1,024 keys are kept always. Nothing waits for the device, and no shape depends on its numbers.
 
     Parameters
     ----------

@@ -9,7 +9,12 @@ from typing import Any
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
 from qwen_longctx.errors import InvalidValue, Unsupported
 
-_OPTIONS = {"density": ("speed",), "dense_layers": ("speed",), "whole_up_to": ("speed", "decode")}
+_OPTIONS = {
+    "density": ("speed",),
+    "dense_layers": ("speed",),
+    "whole_up_to": ("speed", "decode"),
+    "sparse_decode": ("decode",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_zero,
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
+    parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 
