@@ -305,7 +305,7 @@ def _decode(  # type: ignore[no-untyped-def]
         stop = tl.load(ranges + spot * 6 + 2 * segment + 1, mask=within, other=0)
         least = tl.min(tl.where(start < stop, start, 2147483647), 0)
         most = tl.max(tl.where(start < stop, stop, 0), 0)
-        total += tl.maximum(most - least, 0)
+        total += most - tl.minimum(least, most)
     part = tl.cdiv(tl.cdiv(total, tl.num_programs(0)), KEYS) * KEYS
     first = split * part
     last = tl.minimum(first + part, total)
@@ -329,8 +329,10 @@ def _decode(  # type: ignore[no-untyped-def]
     for segment in range(3):
         start = tl.load(ranges + spot * 6 + 2 * segment, mask=within, other=0)
         stop = tl.load(ranges + spot * 6 + 2 * segment + 1, mask=within, other=0)
-        least = tl.min(tl.where(start < stop, start, 2147483647), 0)
-        count = tl.maximum(tl.max(tl.where(start < stop, stop, 0), 0) - least, 0)
+        most = tl.max(tl.where(start < stop, stop, 0), 0)
+        # an empty segment starts at 0: the pipeline asks how far the loop is from its end by adding to where it starts
+        least = tl.minimum(tl.min(tl.where(start < stop, start, 2147483647), 0), most)
+        count = most - least
         begin = least + tl.minimum(tl.maximum(first - before, 0), count)
         end = least + tl.minimum(tl.maximum(last - before, 0), count)
         before += count
