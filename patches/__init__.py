@@ -23,8 +23,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from qwen_longctx.config import LongContextConfig, check_overrides
-from qwen_longctx.errors import InvalidType, PatchConflict
-from qwen_longctx.patches import qwen2, qwen2_moe, qwen3, qwen3_moe
+from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
+from qwen_longctx.patches import linear, qwen2, qwen2_moe, qwen3, qwen3_moe
 from qwen_longctx.patches.attention import IMPLEMENTATION, registered_attention, registered_mask
 from qwen_longctx.patches.family import Replacement
 from qwen_longctx.patches.method import (
@@ -78,7 +78,8 @@ def apply(model: nn.Module | None, overrides: dict[str, Any]) -> None:
             _apply_to_classes(targets, overrides)
         return
     bound = _model_targets(model, overrides)
-    with changing(model.modules()):
+    cast = _to_cast(model, bound) if overrides.get("linear") == "fp8" else []
+    with changing(model.modules()), _weights_cast(model, cast):
         _apply_to_model(model, bound, overrides)
 
 
@@ -92,7 +93,7 @@ def revert(model: nn.Module | None) -> None:
     _check_model("unpatch_qwen", model)
     with changing(model.modules()):
         patches = _patches_of(model)
-        with _whole_or_not(model.modules()):
+        with _weights_cast(model, []), _whole_or_not(model.modules()):
             _put_all_back(model)
         _revoke(patches, model)
 
@@ -108,12 +109,24 @@ def current_overrides(model: nn.Module | None) -> dict[str, Any] | None:
 
 def settings_of(model: nn.Module) -> LongContextConfig | None:
     """The settings in force for a model. See `qwen_longctx.settings_of`."""
-    _check_model("settings_of", model)
+    base = base_of("settings_of", model)
+    method = patched_method(vars(base).get(slot_of(base, "forward"), type(base).forward))
+    valid = None if method is None else method.valid(base)
+    return None if valid is None else valid.settings(base.config)
+
+
+def base_of(caller: str, model: Any) -> Any:
+    """The base model in `model`, which `caller` was given.
+
+    Raises
+    ------
+    TypeError
+        It holds no model that can be patched.
+    """
+    _check_model(caller, model)
     for module in model.modules():
         if any(family.owns(module) for family in FAMILIES):
-            method = patched_method(vars(module).get(slot_of(module, "forward"), type(module).forward))
-            valid = None if method is None else method.valid(module)
-            return None if valid is None else valid.settings(module.config)
+            return module
     known = ", ".join(family.prefix for family in FAMILIES)
     raise InvalidType(f"{type(model).__name__} holds no model that can be patched: known families are {known}")
 
@@ -172,6 +185,8 @@ def _class_targets() -> list[tuple[type, Replacement]]:
 
 def _check_values(overrides: dict[str, Any]) -> None:
     """Validate what can be validated without a checkpoint."""
+    if overrides.get("linear") == "fp8":
+        raise InvalidValue('linear="fp8" casts the weights of one model: patch_qwen(model, linear="fp8")')
     chunk = overrides.get("chunk_size", 1 << 40)
     unknown = {
         "chunk_size": chunk,
@@ -277,6 +292,30 @@ def _model_targets(model: nn.Module, overrides: dict[str, Any]) -> list[_Target]
     for config in {id(m.config): m.config for m, r in targets if r.suffix == "Model"}.values():
         LongContextConfig.from_model_config(config, **overrides)
     return targets
+
+
+def _to_cast(model: nn.Module, targets: list[_Target]) -> list[nn.Linear]:
+    """Linear layers that are to be in 8 bits; raises before anything is changed."""
+    bases = {id(module): module for module, replacement in targets if replacement.suffix == "Model"}.values()
+    return linear.check((layer for base in bases for layer in base.layers), type(model).__name__)
+
+
+@contextmanager
+def _weights_cast(model: nn.Module, cast: list[nn.Linear]) -> Iterator[None]:
+    """Put these layers of a model, and no others, into 8 bits for good, unless the block fails."""
+    wanted = {id(one) for one in cast}
+    restored = linear.restore(one for one in model.modules() if id(one) not in wanted)
+    try:
+        done = linear.to_fp8(cast)
+    except BaseException:
+        linear.to_fp8(restored)
+        raise
+    try:
+        yield
+    except BaseException:
+        linear.restore(done)
+        linear.to_fp8(restored)
+        raise
 
 
 def _is_own(module: nn.Module, owner: type, replacement: Replacement) -> bool:

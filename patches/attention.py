@@ -14,6 +14,7 @@ from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.hf_cache import append
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops.device import cast
+from qwen_longctx.patches.linear import rows_for
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
 
@@ -47,9 +48,10 @@ def attention_forward(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    q = self.q_proj(hidden_states).view(shape)
-    k = self.k_proj(hidden_states).view(shape)
-    v = self.v_proj(hidden_states).view(shape)
+    x = rows_for(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+    q = self.q_proj(x).view(shape)
+    k = self.k_proj(x).view(shape)
+    v = self.v_proj(x).view(shape)
     if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
     k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32

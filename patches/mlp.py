@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.ops import norm
+from qwen_longctx.ops import fp8, norm
+from qwen_longctx.patches.linear import rows_for, takes_rows
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size
@@ -16,8 +17,10 @@ _DEFAULT = LongContextConfig.mlp_chunk_size
 def mlp_forward(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
     """The stock MLP on `mlp_chunk_size` tokens at a time; `x` of shape (..., tokens, hidden)."""
     size = patched.overrides.get("mlp_chunk_size", _DEFAULT)
-    if x.shape[-2] <= size or _needs_gradients(self, x):
+    if x.shape[-2] <= size and not _in_8_bits(self) or _needs_gradients(self, x):
         return patched.stock(self, x)
+    if x.shape[-2] <= size:
+        return _slice(patched, self, x)
     out: torch.Tensor | None = None
     for start in range(0, x.shape[-2], size):
         part = _slice(patched, self, x[..., start : start + size, :])
@@ -32,7 +35,14 @@ def _needs_gradients(module: torch.nn.Module, x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
 
 
+def _in_8_bits(module: Any) -> bool:
+    return module.config.hidden_act == "silu" and takes_rows(module.down_proj)
+
+
 def _slice(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
+    if _in_8_bits(self):
+        x = rows_for(x, self.gate_proj, self.up_proj)
+        return self.down_proj(fp8.silu_mul_rows(self.gate_proj(x), self.up_proj(x)))
     if norm.pays(x) and self.config.hidden_act == "silu":
         return self.down_proj(norm.silu_mul(self.gate_proj(x), self.up_proj(x)))
     return patched.stock(self, x)

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from qwen_longctx.kv.hf_cache import LongContextCache
 
 __version__ = "0.1.0"
-__all__ = ["LongContextCache", "LongContextConfig", "patch_qwen", "patched_qwen", "settings_of", "unpatch_qwen"]
+__all__ = [
+    "LongContextCache",
+    "LongContextConfig",
+    "patch_qwen",
+    "patched_qwen",
+    "settings_of",
+    "unpatch_qwen",
+    "warm_up",
+]
 
 _LATE = {"LongContextCache": "qwen_longctx.kv.hf_cache", "LongContextConfig": "qwen_longctx.config"}
 
@@ -35,7 +43,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LATE[name]), name)
 
 
-def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
+def patch_qwen(model: Model | None = None, *, warm_up: bool = False, **overrides: Any) -> Model | None:
     """Give Qwen models long context: dual chunk attention, chunked prefill, a cache that does not copy itself.
 
     Parameters
@@ -43,6 +51,8 @@ def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
     model : transformers.PreTrainedModel, optional
         Patch this model only, also when accelerate has dispatched it or PEFT has wrapped it. Without it every Qwen
         model is patched, loaded before or after.
+    warm_up : bool
+        Also call `warm_up` on the model. If that fails, the patch stays in force.
     **overrides
         Fields of `LongContextConfig`; the rest comes from the checkpoint. Patching again replaces them.
 
@@ -58,9 +68,46 @@ def patch_qwen(model: Model | None = None, **overrides: Any) -> Model | None:
         The installed transformers is outside the supported range, or its code has changed.
     """
     from qwen_longctx import patches
+    from qwen_longctx.errors import InvalidType, InvalidValue
+    from qwen_longctx.patches import warm_up as warming
 
+    if not isinstance(warm_up, bool):
+        raise InvalidType(f"warm_up must be True or False, got {warm_up!r:.80}")
+    if warm_up and model is None:
+        raise InvalidValue("patch_qwen got warm_up=True without a model: give the model, or call warm_up(model) later")
+    if warm_up:
+        warming.check(model)  # type: ignore[arg-type]
     patches.apply(model, overrides)  # type: ignore[arg-type]
+    if warm_up:
+        warming.warm_up(model)  # type: ignore[arg-type]
     return model
+
+
+def warm_up(model: Any) -> None:
+    """Compile all that a long prompt of a patched model needs, on every device that its layers lie on.
+
+    Without it the first long prompt of a process does so. A prompt of a few thousand tokens passes through the model,
+    and a decoded token; the model and its caches are left as they are. Kernels are kept on disk between processes, so
+    that a machine compiles once. On the CPU nothing is compiled, and this does nothing.
+
+    Call it when the model lies on its devices, and again after a change of its settings, dtype or devices. Processes of
+    tensor parallelism call it together.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Patched.
+
+    Raises
+    ------
+    TypeError
+        It is no model that can be patched.
+    ValueError
+        It is not patched, its weights are not loaded, or the settings ask for what does not run here.
+    """
+    from qwen_longctx.patches.warm_up import warm_up as run
+
+    run(model)
 
 
 def settings_of(model: Any) -> LongContextConfig | None:

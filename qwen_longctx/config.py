@@ -22,6 +22,7 @@ KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 # a rule of sparse prefill and the settings that it owns: the file of that name in sparsity/rules checks them
 _OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
 RULES: dict[str, tuple[str, ...]] = {"block_scores": _OF_SCORES, "exact_shares": _OF_SCORES, "vertical_slash": ()}
+LINEAR = ("auto", "fp8")
 SPARSE = ("off", "auto", *RULES)
 _LARGEST_BLOCK = 128
 _LARGEST_CHUNK = 1 << 62  # positions are 64-bit integers, and two chunks must fit
@@ -147,13 +148,15 @@ class Sparse(_Part):
 
 @dataclass(frozen=True)
 class Kernels(_Part):
-    """The attention kernel, and what a decoded token attends to."""
+    """The attention kernel, what a decoded token attends to, and what the linear layers compute in."""
 
     kernel: str = "auto"
     sparse_decode: float | None = None
+    linear: str = "auto"
 
     def __post_init__(self) -> None:
         self._choice("kernel", KERNELS)
+        self._choice("linear", LINEAR)
         if self.sparse_decode is None:
             return
         object.__setattr__(self, "sparse_decode", share("sparse_decode", self.sparse_decode))
@@ -209,6 +212,9 @@ class LongContextConfig(Kernels, Sparse, Prefill, Geometry):  # dataclasses orde
     sparse_decode : float, optional
         Share of the keys, above 0 and up to 1, that a decoded token attends to in each KV head, 4,096 keys at least;
         None is all of them. See ``docs/sparse-decode.md``.
+    linear : {"auto", "fp8"}
+        What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
+        which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.
 
     Raises
     ------

@@ -16,7 +16,7 @@ import torch
 
 from qwen_longctx import patches
 from qwen_longctx.checkpoint import Shape
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import LINEAR, LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.prefill.memory import GIB, Memory, most, on_fullest_card
 from qwen_longctx.prefill.weights import Weights, weights_of
@@ -201,7 +201,7 @@ class _Planner:
 
     config: Any
     shape: Shape
-    weights: Weights
+    weights: dict[str, Weights]
     gpu: int | None
     dtype: torch.dtype
 
@@ -214,11 +214,14 @@ class _Planner:
             raise InvalidType(f"model must be the name of a shape or the config of a checkpoint, got {model!r:.60}")
         if kind not in known:
             raise Unsupported(f"the config is of a model of type {kind!r}: give one of those known, {', '.join(known)}")
-        return cls(config, Shape.of(config), weights_of(config, dtype), gpu, dtype)
+        shape = Shape.of(config)
+        weights = {linear: weights_of(config, dtype, linear) for linear in LINEAR}
+        return cls(config, shape, weights, gpu, dtype)
 
     def memory(self, run: _Run) -> Memory:
         settings = LongContextConfig.from_model_config(self.config, **run.settings)
-        return on_fullest_card(self.shape, self.weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
+        weights = self.weights[settings.linear]
+        return on_fullest_card(self.shape, weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
 
     def fits(self, run: _Run) -> bool:
         assert self.gpu is not None
@@ -252,7 +255,7 @@ class _Planner:
 
     def _more_cards(self, run: _Run) -> Iterator[Suggestion]:
         """The fewest cards that hold the run; more of them than layers change nothing."""
-        cards = len(self.weights.layers)
+        cards = len(self.weights["auto"].layers)
         for count in range(run.gpus + 1, min(cards, _MOST_CARDS) + 1):
             spread = replace(run, gpus=count)
             if self.fits(spread):

@@ -16,6 +16,7 @@ from qwen_longctx.ops.block_shares import _block_shares
 from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
+from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.rotate import _rotate
@@ -97,6 +98,14 @@ KERNELS = [
         {"sums": "*fp32", "lses": "*fp32", "out": "*bf16"},
         {"GROUP": 7, "HEAD_DIM": 128, "DIM": 128, "SPLITS": 66, "ROOM": 128},
     ),
+    *(
+        (
+            _rows,
+            {**dict.fromkeys(("x", "up"), "*bf16"), "values": "*fp8e4nv", "scales": "*fp32"},
+            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096},
+        )
+        for gated in (False, True)
+    ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 
@@ -113,6 +122,8 @@ def source(kernel, types, constants):
 
 for capability in map(int, sys.argv[1:]):
     for kernel, types, constants in KERNELS:
+        if kernel is _rows and capability < 89:
+            continue  # devices without 8 bits do not run it
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source(kernel, types, constants), target=target, options={"num_warps": 4})
         print(f"{kernel.__name__} {capability} {len(compiled.asm['cubin'])} bytes")

@@ -88,6 +88,17 @@ def test_bench(what, tmp_path, capsys):
         assert min(row["stock_seconds"], row["dense_seconds"], row["sparse_seconds"]) > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_start(tmp_path):
+    """Three processes, of which the third is warmed up; the user's own cache folders are left alone."""
+    output = tmp_path / "bench.json"
+    assert main(["bench", "start", "--tiny", "--lengths", "400", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["process"] for row in rows] == ["first", "second", "warmed up"]
+    assert [("warm_up_seconds" in row) for row in rows] == [False, False, True]
+    assert all(min(row["first_seconds"], row["again_seconds"]) > 0 for row in rows)
+
+
 def test_bench_projects_dense(tmp_path):
     output = tmp_path / "bench.json"
     command = ["bench", "speed", "--tiny", "--lengths", "400", "--density", "0.5", "--dense-layers", "1"]

@@ -244,6 +244,7 @@ def with_interval(estimate: Estimate, scale: int = 1, digits: int = 3) -> str:
 
 
 QUALITY = ROOT / "docs" / "quality.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 BEYOND = (65_536, 131_072)
 NEEDLES = ("multi_needle", "needles_one_of_many", "needles_chain", "infinitebench_kv")
 
@@ -255,7 +256,7 @@ def evaluated(*names: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def main_rows() -> list[dict]:
     groups = ("niah_single", "niah_multi", "ruler", "aa_lcr", "texts")
-    return evaluated(*(f"{group}_{length}" for length in (16_384, 32_768, *BEYOND) for group in groups))
+    return evaluated(*(f"{group}_{length}" for length in (16_384, 32_768, *BEYOND, 262_144) for group in groups))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_quality_by_length(main_lines):
         score = of["ruler_*"].score
         assert ruler == f"{100 * score.mean:.1f} ± {100 * score.half:.1f}", (length, mode)
         assert [ruler_nll, lcr, text] == [f"{one.nll.mean:.3f}" for one in of.values()], (length, mode)
-    assert len(table) == 16
+    assert len(table) == 20
 
 
 def test_quality_of_sparse_prefill(main_rows, main_lines):
@@ -352,9 +353,111 @@ def test_time_by_density():
             assert agrees(cell.removesuffix(" s"), found), (label, length, found)
             seconds[density, length] = cell
     assert len(table) == 4
-    readme = re.sub(r"\s+", " ", README.read_text())
-    once, million = (seconds[0.28, length].removesuffix(" s") for length in (131_072, 1_000_000))
-    assert f"With 28 % the figures above give {once} seconds there, and {million} at a million" in readme
+    measured = {row["tokens"]: row for row in rows_of("speed_balanced.json", "speed_balanced_1000000.json")}
+    times = [f"{measured[length]['sparse_seconds']:.1f}" for length in (131_072, 524_288, 1_000_000)]
+    assert "{}, {} and {} seconds".format(*times) in QUALITY.read_text()
+    calculated = [float(seconds[0.28, length].removesuffix(" s")) for length in measured]
+    assert all(abs(x / float(y) - 1) < 0.03 for x, y in zip(calculated, times, strict=True))
+    readme, dense = (
+        re.sub(r"\s+", " ", README.read_text()),
+        [measured[n]["dense_seconds"] for n in (131_072, 1_000_000)],
+    )
+    assert f"{times[0]} seconds there and {times[2]} at a million tokens" in readme
+    assert f"dense attention takes {dense[0]:.1f} and {dense[1]:.0f}" in readme
+
+
+def test_quality_at_eight_times_the_trained_length(main_rows, main_lines):
+    page, length = QUALITY.read_text(), 262_144
+    table, shares, points, answers, texts = table_of("task", "262,144: points"), [], {}, [], []
+    for name, score, nll, share in table:
+        task = name.strip("`")
+        line = main_lines[task, length, "block_scores"]
+        if share:
+            shares.append(100 * kept(main_rows, task, length))
+            assert share == f"{shares[-1]:.0f} %", task
+        if task.startswith("text"):
+            assert [score, nll] == ["", signed(line.nll_over_base.mean)], task
+            texts.append(line.nll_over_base.mean)
+        else:
+            assert [score, nll] == [signed(100 * line.score_over_base.mean, 1), with_interval(line.nll_over_base)], task
+            points[task] = 100 * line.score_over_base.mean
+            answers.append(line.nll_over_base.mean)
+    assert len(table) == 30 and f"{span(shares, '.0f')} % at {length:,}" in page
+    assert [task for task, change in points.items() if change < -5] == ["ruler_vt"]
+    assert f"`ruler_vt` is {signed(points['ruler_vt'], 1)}" in page and f"and +{max(texts):.3f} at 262,144" in page
+    assert f"Held at 262,144 (worst +{max(answers):.3f})" in page and f"and {signed(points['ruler_*'], 1)} at" in page
+    over = {line.task: line for line in summarize(main_rows, "yarn") if (line.mode, line.length) == ("dense", length)}
+    text, answer = (over[group].nll_over_base.mean for group in ("text_*", "ruler_*"))
+    assert f"dual chunk attention by {-text:.2f} nats and answers of RULER to YaRN by {answer:.2f}" in page
+
+
+def test_more_samples_of_what_missed():
+    tasks = ("aa_lcr", "ruler_fwe", "ruler_niah_multivalue", "ruler_qa_squad")
+    rows = evaluated(*(f"more_{task}_131072" for task in tasks))
+    lines = {line.task: line for line in summarize(rows) if line.mode == "block_scores"}
+    for name, score, nll in table_of("task", "12 samples: points"):
+        line = lines.pop(name.strip("`"))
+        assert [score, nll] == [with_interval(line.score_over_base, 100, 1), with_interval(line.nll_over_base)], name
+        assert sum(row["task"] == line.task for row in rows) == 24
+    assert set(lines) <= {"aa_*", "ruler_*"}
+
+
+def test_smaller_chunks(main_lines):
+    (table,) = (t for t in tables(QUALITY) if t[0][:2] == ["mode", "`ruler_niah_single_2`"])
+    tasks = [name.strip("`") for name in table[0][1:]]
+    rows = [row for row in evaluated("geometry_131072") if row["task"] in tasks]
+    lines = {(line.task, line.mode): line for line in summarize(rows)}
+    for name, *cells in table[1:]:
+        mode = name.strip("`")
+        found = [main_lines[task, 131_072, mode] if mode == "yarn" else lines[task, mode] for task in tasks]
+        assert cells == [f"{100 * line.score.mean:.0f}, {line.nll.mean:.3f}" for line in found], mode
+        assert all(row["index"] < 4 for row in rows)
+    assert len(rows) == 16 * 5 and len(table) == 7
+
+
+def test_what_is_kept_far_beyond():
+    modes = {
+        "fast": "block_scores:fidelity=fast",
+        "balanced": "block_scores",
+        "careful": "block_scores:fidelity=careful",
+    }
+    table = table_of("fidelity", "524,288: blocks kept")
+    for name, *cells in table:
+        rows = [r for n in (524_288, 1_000_000) for r in evaluated(f"far_{n}") if r["mode"] == modes[name.strip('`"')]]
+        assert cells == [cell for r in rows for cell in (f"{100 * r['density']:.1f} %", f"{r['nll']:.3f}")], name
+    assert len(table) == 3
+
+
+def test_decode_figures():
+    table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "stock"])[1:]
+    for (length, stock, ours, share, alone), row in zip(table, rows_of("decode.json"), strict=True):
+        assert number(length) == row["tokens"]
+        assert stock == (f"{row['stock_ms']:.1f} ms" if "stock_ms" in row else ""), length
+        assert ours == f"{row['patched_ms']:.1f} ms" and share == f"{100 * row['patched_share_of_bandwidth']:.0f} %"
+        assert alone == f"{row['attention_pass_ms']:.1f} ms", length
+    said = f"decoded in {ours} on an H100, {share} of what reading weights and cache allows"
+    assert said in re.sub(r"\s+", " ", README.read_text())
+
+
+def test_start_figures():
+    table = next(t for t in tables(PERFORMANCE) if t[0][0] == "process")[1:]
+    for (_, *cells), row in zip(table, rows_of("start.json"), strict=True):
+        before = f"{row['warm_up_seconds']:.1f} s" if "warm_up_seconds" in row else ""
+        assert cells == [before, f"{row['first_seconds']:.1f} s", f"{row['again_seconds']:.1f} s"]
+
+
+def test_fp8_figures():
+    page = re.sub(r"\s+", " ", PERFORMANCE.read_text())
+    (fast,), (plain,) = rows_of("speed_fp8.json"), rows_of("speed_auto.json")
+    assert f"{fast['sparse_seconds']:.1f} seconds in place of {plain['sparse_seconds']:.1f}" in page
+    by = {row["tokens"]: row for row in rows_of("linear.json")}
+    long, one = by[32_768], by[1]
+    kinds = ("bf16", "fp8", "bare")
+    assert (
+        "{:.1f}, {:.1f} and {:.1f} seconds a million tokens".format(*(long[f"{k}_seconds_a_million"] for k in kinds))
+        in page
+    )
+    assert "{:.2f} ms a layer in place of {:.2f}".format(one["fp8_ms_a_layer"], one["bf16_ms_a_layer"]) in page
 
 
 def test_dense_against_yarn(main_rows, main_lines):

@@ -18,21 +18,21 @@ LENGTHS = (1_000_000,)
 
 @torch.no_grad()
 def measure(
-    lengths: list[int], device: torch.device, tiny: bool = False, new_tokens: int = 32
+    lengths: list[int], device: torch.device, tiny: bool = False, new_tokens: int = 32, linear: str = "auto"
 ) -> Iterator[dict[str, Any]]:
     """One prompt of each length and `new_tokens` decoded, through the patched model's plain generate."""
     model = random_model(device, tiny)
     for length in lengths:
-        yield _row(model, length, device, new_tokens)
+        yield _row(model, length, device, new_tokens, linear)
 
 
-def _row(model: Qwen2ForCausalLM, length: int, device: torch.device, new_tokens: int) -> dict[str, Any]:
+def _row(model: Qwen2ForCausalLM, length: int, device: torch.device, new_tokens: int, linear: str) -> dict[str, Any]:
     ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    with patched_qwen(model, sparse="off"):
+    with patched_qwen(model, sparse="off", linear=linear):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -51,6 +51,7 @@ def _row(model: Qwen2ForCausalLM, length: int, device: torch.device, new_tokens:
         "new_tokens": out.sequences.shape[1] - length,
         "layers": model.config.num_hidden_layers,
         "attention": "dense, every layer",
+        "linear": linear,
         "seconds": round(seconds, 2),
         "prefill_seconds": round(prefill, 2),
         "decode_seconds_per_token": round((seconds - prefill) / new_tokens, 4),

@@ -30,6 +30,7 @@ def measure(
     density: float | None = None,
     dense_layers: int = 0,
     whole_up_to: int = 131072,
+    linear: str = "auto",
 ) -> Iterator[dict[str, Any]]:
     """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
 
@@ -50,6 +51,8 @@ def measure(
         runs it whole.
     whole_up_to : int
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
+    linear : {"auto", "fp8"}
+        The setting of that name, of sparse and of dense runs.
 
     Raises
     ------
@@ -66,20 +69,22 @@ def measure(
     for length in lengths:
         share = density or DENSITIES[min(DENSITIES, key=lambda known: abs(known - length))]
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-        row: dict[str, Any] = {"tokens": length, "density_asked": share}
+        row: dict[str, Any] = {"tokens": length, "density_asked": share, "linear": linear}
+        dense = {**DENSE, "linear": linear}
         sparse = {
+            "linear": linear,
             "sparse": "block_scores",
             "density": share,
             "recall_target": _ANY_RECALL,
             "sparse_attention_threshold": min(length - 1, 32767),
         }
-        _warm_up(ids, [sparse, DENSE, *([None] if length <= whole_up_to else [])], device, tiny)
+        _warm_up(ids, [sparse, dense, *([None] if length <= whole_up_to else [])], device, tiny)
         row.update(_sparse(model, ids, sparse, device))
         if dense_layers and length > whole_up_to:
-            row["dense_seconds"] = _projected(ids, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_seconds"] = _projected(ids, dense, device, tiny, dense_layers, model.config.num_hidden_layers)
             row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
         else:
-            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, DENSE, device)[0], "run whole"
+            row["dense_seconds"], row["dense_is"] = _first_token(model, ids, dense, device)[0], "run whole"
         if length <= whole_up_to:
             row["stock_seconds"] = _first_token(model, ids, None, device)[0]
         row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
@@ -134,7 +139,9 @@ def _first_token(
     return seconds, cache.report()
 
 
-def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int, of: int) -> float:
+def _projected(
+    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, layers: int, of: int
+) -> float:
     """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
 
     Were planning in the first time only, the slope would lose it once for every layer.
@@ -142,6 +149,6 @@ def _projected(ids: torch.Tensor, device: torch.device, tiny: bool, layers: int,
     times = []
     for count in (layers, 2 * layers):
         model = random_model(device, tiny, layers=count)
-        times.append(_first_token(model, ids, DENSE, device)[0])
+        times.append(_first_token(model, ids, dense, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers

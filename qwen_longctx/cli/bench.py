@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
+from qwen_longctx.config import LINEAR
 from qwen_longctx.errors import InvalidValue, Unsupported
 
 _OPTIONS = {
@@ -14,13 +15,16 @@ _OPTIONS = {
     "dense_layers": ("speed",),
     "whole_up_to": ("speed", "decode"),
     "sparse_decode": ("decode",),
+    "linear": ("speed", "headline"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
-        "what", choices=["attention", "stock", "mlp", "headline", "speed", "decode"], help="what to measure"
+        "what",
+        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start"],
+        help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
     parser.add_argument("--density", type=share, help="speed: share of the blocks kept, instead of one by length")
@@ -35,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
+    parser.add_argument("--linear", choices=LINEAR, help="speed and headline: what the linear layers compute in")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 
@@ -63,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.output)
     module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
-    check_room(model_config(args.tiny, layers=1 if args.what in ("attention", "mlp") else None), lengths, "bfloat16")
+    check_room(
+        model_config(args.tiny, layers=1 if args.what in ("attention", "mlp", "linear") else None), lengths, "bfloat16"
+    )
     done: list[dict[str, Any]] = []
     for row in module.measure(lengths, device, args.tiny, **options):
         print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from qwen_longctx.cli.options import DTYPES, at_least_one, size_of_memory, tokens
+from qwen_longctx.config import LINEAR
 
-_SETTINGS = ("prefill_chunk_size", "mlp_chunk_size", "sparse", "sparse_attention_threshold", "block_size")
+_SETTINGS = ("prefill_chunk_size", "mlp_chunk_size", "linear", "sparse", "sparse_attention_threshold", "block_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="dtype of weights and cache")
     parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a prefill chunk")
     parser.add_argument("--mlp-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a slice of an MLP")
+    parser.add_argument("--linear", choices=LINEAR, help="fp8: linear layers in 8 bits")
     parser.add_argument("--sparse", metavar="RULE", help="rule of sparse prefill, or off")
     parser.add_argument(
         "--sparse-attention-threshold", type=at_least_one, metavar="TOKENS", help="longer prompts are sparse"

@@ -146,7 +146,7 @@ def block_shares_triton(
     return shares.amax(dim=3) if pool == "max" else shares.mean(dim=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "keys", "tiles", "blocks", "heads", "group"))
 def _block_shares(  # type: ignore[no-untyped-def]
     q,
     means,

@@ -10,6 +10,8 @@ import torch
 from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
+_WIDTH = 1024  # blocks at a time; narrower rows are no faster, and each width is compiled anew
+
 
 class BlockLists(NamedTuple):
     """Key blocks of every query tile, one list for each query head.
@@ -48,15 +50,14 @@ def compact_triton(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts = torch.empty(lead, dtype=torch.int32, device=mask.device)
     indices = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
     if rows and blocks:
-        width = min(1024, triton.next_power_of_2(blocks))
         flat = mask.contiguous().view(torch.uint8)
-        _compact[(rows,)](flat, counts, indices, blocks, WIDTH=width, num_warps=4)
+        _compact[(rows,)](flat, counts, indices, blocks, WIDTH=_WIDTH, num_warps=4)
     else:
         counts.zero_()
     return counts, indices
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("blocks",))
 def _compact(mask, counts, indices, blocks, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     listed = 0

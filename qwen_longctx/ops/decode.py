@@ -282,7 +282,7 @@ def decode_triton(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("ranges",))  # a view that lies at any address
 def _decode(  # type: ignore[no-untyped-def]
     q, k, v, cos, sin, ranges, heat, blocks, sums, lses,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,

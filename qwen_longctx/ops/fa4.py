@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +18,48 @@ from qwen_longctx.ops.compact import BlockLists
 from qwen_longctx.ops.device import HALF, older_than
 
 BLOCK = 128  # its tile of queries and of keys at the head dims of Qwen
+# of flash-attn-4: "1" keeps compiled kernels on disk, and in which folder
+_SWITCH, _PLACE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+
+
+@contextmanager
+def _kept_on_disk() -> Iterator[None]:
+    """Lets the package keep what it compiles for later processes, if it is imported inside the block.
+
+    By itself it does so only if it is told, in a folder below /tmp that others may have made before. The user's own
+    variables are left as they are, and so is the environment after the block.
+    """
+    folder = None if _SWITCH in os.environ else _folder()
+    if folder is None:
+        yield
+        return
+    added = {_SWITCH: "1", **({} if _PLACE in os.environ else {_PLACE: str(folder)})}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _folder() -> Path | None:
+    """A folder of the user's own for compiled kernels; None where files cannot be written and locked there.
+
+    The package would fail on such a folder in the middle of a prefill.
+    """
+    try:
+        import fcntl
+
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root).absolute() / "qwen_longctx" / "flash_attn_4"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError, RuntimeError):  # no such module, no room or rights, no home
+        return None
+    return folder
 
 
 class _Muted:
@@ -81,8 +128,9 @@ def fa4(
 
 @lru_cache
 def _functions() -> tuple[Any, Any]:
-    from flash_attn.cute import flash_attn_func
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    with _kept_on_disk():
+        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     return flash_attn_func, BlockSparseTensorsTorch
 

@@ -132,7 +132,7 @@ def keep_triton(
     return kept.view(torch.bool)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("lists", "tiles", "blocks", "sink"))
 def _keep(  # type: ignore[no-untyped-def]
     scores,
     kept,

@@ -72,7 +72,7 @@ def merge_triton(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[to
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "heads"))
 def _merge(  # type: ignore[no-untyped-def]
     o0, s0, o1, s1, o2, s2, o3, s3, out, lse,
     b0, t0, h0, b1, t1, h1, b2, t2, h2, b3, t3, h3, bo, to, ho,

@@ -55,7 +55,7 @@ def rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "heads"))
 def _rotate(  # type: ignore[no-untyped-def]
     x, cos, sin, out,
     x_batch, x_token, x_head, o_batch, o_token, o_head, t_batch, t_token,

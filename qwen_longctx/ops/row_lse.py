@@ -91,7 +91,7 @@ def row_lse_triton(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, sc
     return partial[0] if splits == 1 else torch.logsumexp(partial, dim=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("split_stride", "queries", "keys", "heads", "group", "part"))
 def _row_lse(  # type: ignore[no-untyped-def]
     q,
     k,

@@ -2,6 +2,10 @@
 
 A kernel stands in the file of its operation, below the PyTorch function that does the same. Softmaxes run in base 2
 inside a kernel, and results are natural logarithms again.
+
+Triton compiles a kernel anew where a number is 1 or divisible by 16 and was not before, unless ``do_not_specialize``
+names it. So every kernel names its counts, which vary by the length of a prompt and gain nothing by it. Strides stay
+out of the list: loads of several numbers at once need to know what divides them, and they are alike at every length.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ except ImportError:
     class _Absent:
         """What the modules read of Triton while they are imported: kernels stay plain functions that nobody calls."""
 
-        jit = staticmethod(lambda kernel: kernel)
+        @staticmethod
+        def jit(kernel: Any = None, **options: Any) -> Any:
+            return (lambda given: given) if kernel is None else kernel
+
         constexpr = float
 
     triton = tl = _Absent

@@ -59,7 +59,9 @@ def estimate(config: Any, tokens: int, batch: int, dtype: torch.dtype, settings:
     NotImplementedError
         The checkpoint is quantised by a method whose bytes are not known.
     """
-    return on_fullest_card(Shape.of(config), weights_of(config, dtype), 1, tokens, batch, dtype, settings)
+    shape = Shape.of(config)
+    weights = weights_of(config, dtype, settings.linear)
+    return on_fullest_card(shape, weights, 1, tokens, batch, dtype, settings)
 
 
 def on_fullest_card(

@@ -109,7 +109,9 @@ class Prefill:
         projected = rows * (self._queries + 2 * shape.kv_heads * shape.head_dim)
         base = self.batch * (_EMBEDDINGS_INPUT_NORMED * streams + projected)
         base += self.batch * rows * self._queries * self.padded
-        yield self._bytes(base + self.batch * (rows * self._queries + streams), 2 * tables)  # the output projection
+        cast = self.batch * rows * self._queries if self.settings.linear == "fp8" else 0  # a byte a number
+        # the output projection
+        yield self._bytes(base + self.batch * (rows * self._queries + streams), 2 * tables, cast)
         cut = _longest_spans(start, stop, self.settings.stride)
         if len(cut) > 1 or (self.rule and stop == self.tokens):  # results of the spans, and of all
             yield self._bytes(base + self.batch * 2 * rows * self._queries, 2 * tables)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx.ops.fp8 import MULTIPLE
 
 _ABSMAX_BLOCK = 64  # weights that share a scale in bitsandbytes' 4 bits
 _DOUBLE_BLOCK = 256  # such scales that share one of their own
@@ -49,7 +50,7 @@ class Weights(NamedTuple):
         return found
 
 
-def weights_of(config: Any, dtype: torch.dtype) -> Weights:
+def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto") -> Weights:
     """Weights of the model of a transformers config, which is built without them.
 
     Parameters
@@ -58,6 +59,8 @@ def weights_of(config: Any, dtype: torch.dtype) -> Weights:
         With ``quantization_config`` where the checkpoint is quantised. All experts are held.
     dtype : torch.dtype
         Of what is not quantised.
+    linear : {"auto", "fp8"}
+        The setting of that name. Weights that are quantised already stay as they are.
 
     Raises
     ------
@@ -66,7 +69,8 @@ def weights_of(config: Any, dtype: torch.dtype) -> Weights:
     NotImplementedError
         It is quantised by a method whose bytes are not known here.
     """
-    quantised = _Quantisation.of(getattr(config, "quantization_config", None))
+    section = getattr(config, "quantization_config", None)
+    quantised = _CAST if linear == "fp8" and section is None else _Quantisation.of(section)
     model = _without_weights(config)
     base = model.model
     layers = tuple(_bytes([layer], f"model.layers.{at}", dtype, quantised) for at, layer in enumerate(base.layers))
@@ -115,6 +119,16 @@ class _Quantisation(NamedTuple):
     def takes(self, name: str) -> bool:
         """Whether the module called `name` is quantised."""
         return self.matrix is not None and not any(pattern.search(name) for pattern in self.kept)
+
+
+def _cast(rows: int, columns: int) -> float:
+    """A matrix under ``linear="fp8"``: a byte a number and a float32 a row, or bf16 where its widths do not fit."""
+    fits = rows % MULTIPLE == 0 == columns % MULTIPLE
+    return rows * columns + 4 * rows if fits else 2 * rows * columns
+
+
+# routers and experts, which are no layers of attention or of a plain MLP, stay
+_CAST = _Quantisation(_cast, (re.compile(r"lm_head|experts?\b|gate$"),), experts=False)
 
 
 def _pattern(name: str) -> re.Pattern[str]:
