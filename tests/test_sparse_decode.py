@@ -11,13 +11,14 @@ from definition import _pair_logits, all_rotations
 from helpers import INTERPRETED, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
 from qwen_longctx.attention import choice
-from qwen_longctx.attention.choice import blocks_kept, choose
+from qwen_longctx.attention.choice import blocks_kept
 from qwen_longctx.attention.dense import attend
 from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.evaluation import runner
 from qwen_longctx.evaluation.modes import in_mode, mode_of
 from qwen_longctx.evaluation.task import Reader
 from qwen_longctx.kv.store import Store, Tensors, mean_keys
+from qwen_longctx.ops.choose import MEAN, _best_blocks, choose, choose_triton
 from qwen_longctx.ops.decode import BLOCK, decode, decode_triton
 from qwen_longctx.patches.method import cache_argument, cache_of
 from test_decode import Case, device_of
@@ -91,54 +92,103 @@ def test_numbers_beyond_the_last_key_are_ignored(way):
     check(way, case, torch.cat((blocks, torch.full_like(blocks, 1000)), -1), splits=2)
 
 
-def scores(case, scale):
-    """Share of each mean that the query wants most, straight from the text of `choose`, in float64."""
-    means = mean_keys(case.keys[:, : case.end].double(), choice.MEAN)
-    group, stride = case.q.shape[2] // case.k.shape[2], case.settings.stride
-    found = torch.zeros(len(case.firsts), case.k.shape[2], means.shape[1], dtype=torch.float64)
-    for row, token, position, _ in case.each():
-        first = case.firsts[row]
-        inside = [
-            m
-            for m in range(means.shape[1])
-            if m * choice.MEAN >= first and (m + 1) * choice.MEAN - 1 <= first + position
-        ]
-        heat = case.call.temperature(case.call.rows[row], position, case.settings)
-        for head in range(case.q.shape[2]):
-            logits = []
-            for m in inside:
-                apart = position // stride - ((m + 1) * choice.MEAN - 1 - first) // stride
-                at = [position % stride, min(position % stride + stride, case.settings.chunk_size)]
-                at = (at + [case.settings.chunk_size])[min(apart, 2)]
-                angle = at * case.rotary.inv_freq.double()
-                a, b = case.q[row, token, head].double().chunk(2)
-                turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
-                logits.append(turned @ means[row, m, head // group] * scale * heat)
-            if logits:
-                shares = torch.stack(logits).softmax(0)
-                mine = found[row, head // group]
-                mine[inside] = torch.maximum(mine[inside], shares)
+def scores(case, scale, newest):
+    """Scores of all blocks, straight from the text of `choose`, in float64; padding scores nothing."""
+    end, count = case.end, -(-case.end // BLOCK)
+    means = mean_keys(case.keys[:, :end].cpu().double(), MEAN)
+    group = case.q.shape[2] // case.k.shape[2]
+    settings, inv_freq = case.settings, case.rotary.inv_freq.cpu().double()
+    shares = torch.zeros(len(case.firsts), case.k.shape[2], count * (BLOCK // MEAN), dtype=torch.float64)
+    for row, token, position, keys in case.each():
+        inside = torch.arange(keys.stop // MEAN)
+        inside = inside[inside * MEAN >= keys.start]  # all of whose keys are those of the row
+        if len(inside) == 0:
+            continue
+        # a mean is scored where its last key is, as a key that stands there would be
+        last = (inside + 1) * MEAN - 1 - keys.start
+        apart = position // settings.stride - last // settings.stride
+        at = position % settings.stride
+        nearest = torch.tensor([at, min(at + settings.stride, settings.chunk_size), settings.chunk_size])
+        angle = nearest[apart.clamp(max=2), None] * inv_freq
+        a, b = case.q[row, token].cpu().double()[:, None].chunk(2, -1)
+        turned = torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+        each = means[row, inside].repeat_interleave(group, 1)
+        heat = case.call.temperature(case.call.rows[row], position, settings)
+        share = (torch.einsum("hmd,mhd->hm", turned, each) * scale * heat).softmax(-1)
+        shares[row, :, inside] = shares[row, :, inside].maximum(share.unflatten(0, (-1, group)).amax(1))
+    found = shares.unflatten(2, (count, -1)).sum(3)
+    block = torch.arange(count)
+    for row, first in enumerate(case.firsts):
+        begins = first // BLOCK
+        found[row, :, (block == begins) | (block == begins + 1) | ((block + 1) * BLOCK > end - newest)] = 2.0
     return found
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("end", [1999, 2048, 2300])
-def test_the_choice_is_that_of_the_definition(tokens, end):
-    """Chunks of 250 keys: borders within blocks and within means; rows that begin within a block, and padding alone."""
+def check_choice(way, case, count, scale=0.9, newest=128):
+    """The lists hold the best blocks, up to what rounding may confuse, each once and in rising order."""
+    true = scores(case, scale, newest)
+    means = mean_keys(case.keys, MEAN)  # with those of the free room, which are not numbers
+    how = choose if way == TWIN else choose_triton
+    blocks = how(case.q, means, case.reach(), case.end, count, scale=scale, newest=newest).cpu()
+    assert blocks.shape == (*true.shape[:2], count) and blocks.dtype == torch.int32
+    assert (blocks.diff(dim=-1) > 0).all() and (blocks >= 0).all() and (blocks < true.shape[2]).all()
+    found, best = true.gather(2, blocks.long()).sort(-1).values, true.topk(count, -1).values.sort(-1).values
+    assert ((best - found).abs() <= 1e-5 * best + 1e-9).all()
+
+
+@settings(max_examples=8)
+@given(st.data())
+@pytest.mark.parametrize("way", WAYS)
+def test_random_choices(way, data):
+    """Lengths, borders of chunks within blocks and means, padding, groups, head dims and drafts."""
+
+    def whole(least, most):
+        return data.draw(st.integers(least, most))
+
+    torch.manual_seed(whole(0, 10**6))
+    chunk = whole(40, 1000)
+    config = {"chunk_size": chunk, "local_size": whole(1, chunk // 2), "original_max_position_embeddings": whole(4, 99)}
+    end, kv_heads = whole(8, 2500), whole(1, 2)
+    firsts = data.draw(st.lists(st.none() | st.integers(0, end - 1), min_size=1, max_size=3))
+    heads = kv_heads * whole(1, 8), kv_heads
+    case = Case(firsts, end, whole(1, 8), heads, 8 * whole(2, 9), torch.float32, device_of(way), **config)
+    check_choice(way, case, whole(1, -(-end // BLOCK)), newest=whole(0, 300))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("end", [31, 64, 4096, 8229])
+def test_many_query_rows_and_ends_of_tiles(way, end):
+    """17 heads of a group and 8 drafts fill five tiles of queries; several programs share every list."""
     torch.manual_seed(end)
-    case = Case([0, 333, None], end, tokens, **{**LONG, "original_max_position_embeddings": 100})
-    every, count = -(-end // BLOCK), 24
-    blocks = choose(case.q, Tensors(case.keys, case.v), case.reach(), end, count, scale=0.9)
-    shares = torch.nn.functional.pad(scores(case, 0.9), (0, 2 * every - end // choice.MEAN))
-    wanted = shares.unflatten(2, (-1, 2)).sum(3)
-    for row, first in enumerate(case.firsts[:2]):
-        newest = [b for b in range(every) if (b + 1) * BLOCK > end - choice.NEWEST]
-        wanted[row][:, [first // BLOCK, first // BLOCK + 1, *newest]] = 2.0
-        assert (blocks[row].diff(dim=-1) > 0).all()
-        expected = wanted[row].topk(count, -1)
-        margin = expected.values[:, -1] - wanted[row].topk(count + 1, -1).values[:, -1]
-        assert (margin > 1e-7).all()  # no tie that rounding could break
-        assert blocks[row].tolist() == expected.indices.sort(-1).values.tolist()
+    case = Case([0, 25], end, 8, (34, 2), 40, torch.float32, device_of(way), **LONG)
+    check_choice(way, case, max(1, end // 300))
+
+
+@pytest.mark.parametrize("way", [TWIN, KERNEL])
+def test_what_is_not_a_number_does_not_spoil_a_list(way):
+    """Every number of a list is that of a block, whatever the scores: attention reads where it says."""
+    case = Case([0, 10], 2000, **LONG)
+    case.q[0] = torch.nan
+    case.keys[1, 600:900] = torch.inf
+    how = choose if way == TWIN else choose_triton
+    blocks = how(case.q, mean_keys(case.keys, MEAN), case.reach(), 2000, 20, scale=1.0, newest=64)
+    assert (blocks.diff(dim=-1) > 0).all() and (blocks >= 0).all() and (blocks <= 2000 // BLOCK).all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("blocks", [1, 100, 4096, 9000])
+@pytest.mark.parametrize("kinds", [1, 3, 10**6])
+def test_lists_of_scores(blocks, kinds):
+    """The best are listed, and of equal ones the earliest, over several tiles of blocks."""
+    generator = torch.Generator().manual_seed(blocks)
+    scores = torch.randint(0, kinds, (2, blocks), generator=generator) / kinds * 2.0
+    scores[:, ::7] = 0.0
+    scores[:, 5::11] = 2.0
+    for count in {1, blocks // 3 + 1, blocks}:
+        chosen = torch.full((2, count), -1, dtype=torch.int32)
+        _best_blocks[(2,)](scores, chosen, blocks, count, WIDTH=4096, num_warps=16)
+        wanted = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+        assert chosen.tolist() == wanted.tolist()
 
 
 def test_how_many_blocks():

@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_model
 from launches import NEEDS_RULES, recorded
 from qwen_longctx import LongContextCache, patch_qwen, settings_of, unpatch_qwen, warm_up
+from qwen_longctx.attention import choice
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.patches import warm_up as warming
 from qwen_longctx.patches.warm_up import run_short_prompt
@@ -85,6 +86,18 @@ def test_warm_up_compiles_all_that_a_long_prompt_needs(family, shape, how):
         run_short_prompt(model.model, settings_of(model))
     assert launches
     assert variants(model, 1701) <= set(launches)
+
+
+@NEEDS_RULES
+def test_sparse_decode_is_warmed_up_and_compiles_nothing_for_a_length(monkeypatch):
+    monkeypatch.setattr(choice, "LEAST", 128)
+    model = patch_qwen(tiny_model(dtype=torch.bfloat16, **SHAPE), **LONG, sparse_decode=0.05)
+    with recorded() as launches:
+        run_short_prompt(model.model, settings_of(model))
+    counts = Counter(kernel for kernel, _ in set(launches))
+    assert counts["_mean_logits"] == counts["_mean_scores"] == counts["_best_blocks"] == 1
+    for tokens in (1536, 1701, 2048):
+        assert variants(model, tokens) <= set(launches), tokens
 
 
 @NEEDS_RULES

@@ -22,6 +22,7 @@ SEGMENTS = 3
 BLOCK = 64  # keys of a block in a list, a multiple of the keys of every tile
 _MOST_SPLITS = 128  # parts that are joined at once
 _FEWEST_KEYS = 128  # of a part: shorter ones cost more to join than they save
+_FEWEST_LISTED = 32  # blocks that a part of a list has room for: each power of 2 is compiled anew
 _PROGRAMS_A_PROCESSOR = 2  # resident at once: one loads while the other computes
 _ROW_BYTES = 1 << 14  # of the packed queries of a tile
 _LEAST_SHARED = 99 << 10  # of a program, in bytes, on any device of compute capability 8.0 and newer
@@ -256,7 +257,7 @@ def decode_triton(
         kv_heads,
         listed,
         scale * math.log2(math.e),
-        LISTED=0 if blocks is None else 1 << (-(-listed // splits) - 1).bit_length(),
+        LISTED=0 if blocks is None else max(_FEWEST_LISTED, 1 << (-(-listed // splits) - 1).bit_length()),
         BLOCK=BLOCK,
         GROUP=group,
         HEAD_DIM=head_dim,
