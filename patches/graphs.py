@@ -200,6 +200,8 @@ def _plain_call(model: Any, run: Run, arguments: dict[str, Any]) -> bool:
         return False
     if not getattr(model.config, "return_dict", True) or arguments["input_ids"].shape[1] != 1:
         return False
+    if run.settings.sparse_decode is not None:  # the host counts its blocks
+        return False
     dtype = model.embed_tokens.weight.dtype
     if torch.is_autocast_enabled(run.device.type) or not _has_room(run, dtype):
         return False

@@ -149,9 +149,10 @@ class Sparse(_Part):
 
 @dataclass(frozen=True)
 class Kernels(_Part):
-    """The attention kernel, what the linear layers compute in, and how decoded tokens are launched."""
+    """The attention kernel, what a decoded token attends to, how it is launched, and the dtype of linear layers."""
 
     kernel: str = "auto"
+    sparse_decode: float | None = None
     linear: str = "auto"
     cuda_graphs: bool = True
 
@@ -160,6 +161,13 @@ class Kernels(_Part):
         self._choice("linear", LINEAR)
         if not isinstance(self.cuda_graphs, bool):
             raise InvalidType(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
+        if self.sparse_decode is None:
+            return
+        object.__setattr__(self, "sparse_decode", share("sparse_decode", self.sparse_decode))
+        if self.kernel in ("sdpa", "reference"):
+            raise InvalidValue(
+                f"kernel={self.kernel!r} has no sparse_decode: leave kernel at 'auto', or sparse_decode out"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,9 @@ class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # f
         dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
     kv_cache : {"device", "fp8", "int8"}
         How the caches that are made for a run hold keys and values: as they are, or in 8 bits.
+    sparse_decode : float, optional
+        Share of the keys, above 0 and up to 1, that a decoded token attends to in each KV head, 4,096 keys at least;
+        None is all of them. See ``docs/sparse-decode.md``.
     linear : {"auto", "fp8"}
         What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
         which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qwen_longctx.ops.block_shares import _block_shares
+from qwen_longctx.ops.choose import _best_blocks, _mean_logits, _mean_scores
 from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
@@ -88,18 +89,25 @@ KERNELS = [
                 **{name: f"*{dtype}" for name in ("q", "k", "v", "cos", "sin")},
                 **{"ranges": "*i32", "heat": "*fp32", "sums": "*fp32", "lses": "*fp32", "scale": "fp32"},
                 **held,
+                "blocks": "*i32",
             },
-            {"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys, "TILE": 64}
-            | {name: None for name in ("k_scales", "v_scales", "bias", "frequencies") if name not in held},
+            {
+                **{"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys, "TILE": 64},
+                **{"LISTED": listed, "BLOCK": 64},
+                **{name: None for name in ("k_scales", "v_scales", "bias", "frequencies") if name not in held},
+            },
         )
-        for dtype, head_dim, dim, rows, keys, held in (
-            ("bf16", 128, 128, 16, 64, {}),
-            ("bf16", 80, 128, 64, 64, {}),
-            ("fp32", 256, 256, 16, 16, {}),
-            ("bf16", 128, 128, 16, 64, eight_bit("i8")),
-            ("bf16", 128, 128, 16, 64, eight_bit("u8")),
-            ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16")),
-            ("fp16", 80, 128, 64, 64, eight_bit("u8", "fp16")),
+        for dtype, head_dim, dim, rows, keys, held, listed in (
+            ("bf16", 128, 128, 16, 64, {}, 0),
+            ("bf16", 80, 128, 64, 64, {}, 0),
+            ("fp32", 256, 256, 16, 16, {}, 0),
+            ("bf16", 128, 128, 16, 64, eight_bit("i8"), 0),
+            ("bf16", 128, 128, 16, 64, eight_bit("u8"), 0),
+            ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 0),
+            ("fp16", 80, 128, 64, 64, eight_bit("u8", "fp16"), 0),
+            ("bf16", 128, 128, 16, 64, {}, 16),
+            ("fp32", 256, 256, 16, 16, {}, 16),
+            ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 16),
         )
     ),
     (
@@ -115,6 +123,29 @@ KERNELS = [
         )
         for gated in (False, True)
     ),
+    *(
+        (
+            _mean_logits,
+            {
+                **{name: f"*{dtype}" for name in ("q", "means", "cos", "sin")},
+                **{"ranges": "*i32", "heat": "*fp32", "logits": "*fp32", "lses": "*fp32", "scale": "fp32"},
+            },
+            {**{"MEAN": 32, "GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim}, **{"ROWS": rows, "MEANS": 64}},
+        )
+        for dtype, head_dim, dim, rows in (("bf16", 128, 128, 16), ("bf16", 80, 128, 32), ("fp32", 256, 256, 16))
+    ),
+    *(
+        (
+            _mean_scores,
+            {"logits": "*fp32", "lses": "*fp32", "ranges": "*i32", "scores": "*fp32"},
+            {
+                **{"GROUP": 7, "ROOM": room, "PARTS": 128, "TILE": 64, "BLOCKS": blocks, "PER_BLOCK": 2},
+                **{"BLOCK": 64, "ALWAYS": 2.0},
+            },
+        )
+        for room, blocks in ((8, 256), (64, 64))
+    ),
+    (_best_blocks, {"scores": "*fp32", "chosen": "*i32"}, {"WIDTH": 4096}),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 

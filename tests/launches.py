@@ -16,7 +16,18 @@ import pytest
 from packaging.version import Version
 
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops import block_shares, columns, compact, decode, keep, merge, rotate, row_lse, triton_runtime
+from qwen_longctx.ops import (
+    block_shares,
+    choose,
+    columns,
+    compact,
+    decode,
+    keep,
+    merge,
+    rotate,
+    row_lse,
+    triton_runtime,
+)
 
 
 def _kept(scores, whole, visible, amount, **how):
@@ -32,6 +43,7 @@ OPERATIONS = (
     (keep, "keep_triton", ("_keep",), _kept),
     (compact, "compact_triton", ("_compact",), lambda mask: compact.compact(mask, 1)[:2]),
     (columns, "columns_triton", ("_columns",), columns.columns),
+    (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
 )
 Variant = tuple[str, str]

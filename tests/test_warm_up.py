@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_model
 from launches import NEEDS_RULES, recorded
 from qwen_longctx import LongContextCache, patch_qwen, settings_of, unpatch_qwen, warm_up
+from qwen_longctx.attention import choice
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.patches import warm_up as warming
 from qwen_longctx.patches.warm_up import run_short_prompt
@@ -88,6 +89,17 @@ def test_warm_up_compiles_all_that_a_long_prompt_needs(family, shape, how):
 
 
 @NEEDS_RULES
+def test_sparse_decode_is_warmed_up_and_compiles_nothing_for_a_length(monkeypatch):
+    monkeypatch.setattr(choice, "LEAST", 128)
+    model = patch_qwen(tiny_model(dtype=torch.bfloat16, **SMALL), **LONG, sparse_decode=0.05)
+    with recorded() as launches:
+        run_short_prompt(model.model, settings_of(model))
+    counts = Counter(kernel for kernel, _ in set(launches))
+    assert counts["_mean_logits"] == counts["_mean_scores"] == counts["_best_blocks"] == 1
+    for tokens in (1536, 1701):
+        assert variants(model, tokens) <= set(launches), tokens
+
+
 @NEEDS_RULES
 def test_warm_up_takes_the_rule_of_long_prompts():
     """Settings under which a prompt as short as its own would be dense."""

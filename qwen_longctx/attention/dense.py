@@ -8,6 +8,7 @@ import torch
 
 from qwen_longctx import ops
 from qwen_longctx.attention import sparse
+from qwen_longctx.attention.choice import chosen_blocks
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.geometry.layout import Layout, RowGroup
 from qwen_longctx.geometry.positions import Kind, Span
@@ -50,8 +51,8 @@ def attend(
         Shape and dtype of `q`; zero at padding.
     """
     if layout.reach is not None:
-        k, v = kv.room()
-        return decode(q, k, v, layout.reach, scale=scale)
+        blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale)
+        return decode(q, *kv.room(), layout.reach, scale=scale, blocks=blocks)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def measure(
     rounds: int = 3,
     new_tokens: int = 32,
     kv_cache: str = "device",
+    sparse_decode: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Seconds of a decoded token after a cache of random keys and values, one row, beside the bytes that it reads.
 
@@ -47,7 +49,9 @@ def measure(
     warm up, then rounds in turns; medians are over all tokens but the first of each round. `without_graphs` is
     ``cuda_graphs=False``.
 
-    "attention" is that of all layers alone: `pass` in one pass over the cache, `segments` by an engine a segment.
+    "attention" is that of all layers alone: `pass` in one pass over the cache, `segments` by an engine a segment, and
+    `sparse` to a share of the keys, their choice included. Shares of the bandwidth count all keys and values, also
+    where a part of them is read.
 
     Parameters
     ----------
@@ -61,6 +65,8 @@ def measure(
     rounds, new_tokens : int
     kv_cache : {"device", "fp8", "int8"}
         How our cache holds keys and values; stock transformers has them as they are.
+    sparse_decode : float, optional
+        Also measure sparse decode with this share of the keys.
     """
     model = random_model(device, tiny)
     bandwidth = _bandwidth(device)
@@ -77,15 +83,17 @@ def measure(
         caches: dict[str, Any] = {"patched": ours, "without_graphs": ours}
         held = sum(_bytes_read(layer.store) for layer in ours.layers)
         row |= {"weight_bytes": weights, "kv_bytes": held}
+        if sparse_decode is not None:
+            caches["sparse"] = ours  # each leaves it as it was
         if length <= whole_up_to:
             caches["stock"] = _stock_cache(ours)
-        seconds = _tokens(model, caches, length, rounds, new_tokens)
+        seconds = _tokens(model, caches, length, rounds, new_tokens, sparse_decode)
         del caches
         for name, values in seconds.items():
             median = statistics.median(values)
             row[f"{name}_ms"] = round(1e3 * median, 3)
             row[f"{name}_share_of_bandwidth"] = round((weights + held) / bandwidth / median, 4)
-        for name, values in _attention(model, ours, length, device, rounds).items():
+        for name, values in _attention(model, ours, length, device, rounds, sparse_decode).items():
             median = statistics.median(values)
             row[f"attention_{name}_ms"] = round(1e3 * median, 4)
             row[f"attention_{name}_share_of_bandwidth"] = round(held / bandwidth / median, 4)
@@ -148,7 +156,12 @@ class _Clock(BaseStreamer):
 
 
 def _tokens(
-    model: Qwen2ForCausalLM, caches: dict[str, Any], length: int, rounds: int, new_tokens: int
+    model: Qwen2ForCausalLM,
+    caches: dict[str, Any],
+    length: int,
+    rounds: int,
+    new_tokens: int,
+    sparse_decode: float | None,
 ) -> dict[str, list[float]]:
     """Seconds of decoded tokens by kind of cache; each cache holds `length` tokens afterwards."""
     ids = torch.randint(1, model.config.vocab_size, (1, length + 1), device=model.device)
@@ -156,7 +169,9 @@ def _tokens(
     for number in range(rounds + 1):
         for name, cache in caches.items():
             clock = _Clock()
-            with nullcontext() if name == "stock" else patched_qwen(model, cuda_graphs=name == "patched"):
+            graphs, share = name != "without_graphs", sparse_decode if name == "sparse" else None
+            patch = partial(patched_qwen, model, cuda_graphs=graphs, sparse_decode=share)
+            with nullcontext() if name == "stock" else patch():
                 model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -172,7 +187,12 @@ def _tokens(
 
 
 def _attention(
-    model: Qwen2ForCausalLM, cache: LongContextCache, length: int, device: torch.device, rounds: int
+    model: Qwen2ForCausalLM,
+    cache: LongContextCache,
+    length: int,
+    device: torch.device,
+    rounds: int,
+    sparse_decode: float | None,
 ) -> dict[str, list[float]]:
     """Seconds of the attention of all layers for one token, nothing else of the model, and no time of the host."""
     config = model.config
@@ -189,8 +209,11 @@ def _attention(
         return run
 
     runs = {}
-    for name, kernel in (("pass", "auto"), ("segments", "sdpa")):
-        settings = LongContextConfig.from_model_config(config, kernel=kernel, sparse="off")
+    kinds: list[tuple[str, str, float | None]] = [("pass", "auto", None), ("segments", "sdpa", None)]
+    if sparse_decode is not None:
+        kinds.append(("sparse", "auto", sparse_decode))
+    for name, kernel, keep in kinds:
+        settings = LongContextConfig.from_model_config(config, kernel=kernel, sparse="off", sparse_decode=keep)
         how = {"settings": settings, "rotary": rotary, "dtype": model.dtype, "device": device}
         runs[name] = all_layers(make_layout(call, length - 1, length, mode="decode", **how))
         runs[name]()

@@ -14,6 +14,7 @@ _OPTIONS = {
     "density": ("speed",),
     "dense_layers": ("speed",),
     "whole_up_to": ("speed", "decode"),
+    "sparse_decode": ("decode",),
     "linear": ("speed", "headline"),
     "kv_cache": ("decode",),
 }
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least_zero,
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
+    parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed and headline: what the linear layers compute in")
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="decode: how our cache holds keys and values")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")

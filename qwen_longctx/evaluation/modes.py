@@ -18,7 +18,13 @@ from qwen_longctx.evaluation.passkey import input_device
 
 DEFAULT_MODES = ("stock", "dense", "sparse")
 _PATCHED = {"dense": "off", "sparse": "auto"}  # what `sparse` of the settings is called here
-_OF_VARIANTS = {"sparse", "sparse_attention_threshold", "recall_target", *chain.from_iterable(RULES.values())}
+_OF_VARIANTS = {
+    "sparse",
+    "sparse_attention_threshold",
+    "sparse_decode",
+    "recall_target",
+    *chain.from_iterable(RULES.values()),
+}
 
 
 class Variant(NamedTuple):

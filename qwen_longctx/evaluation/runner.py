@@ -102,11 +102,11 @@ def prefill(model: Any, batch: Batch, cache: Any) -> float:
 
 
 @torch.no_grad()
-def likelihoods(model: Any, batch: Batch, cache: Any) -> list[tuple[float | None, bool | None]]:
+def likelihoods(model: Any, batch: Batch, cache: Any, by_token: bool = False) -> list[tuple[float | None, bool | None]]:
     """Mean negative log-likelihood of each target, nats a token, and whether every token of it is the most likely one.
 
     Both are None for a row without a target. The targets pass as a continuation of the prompts in `cache`, and are
-    taken out of it again.
+    taken out of it again: as one, or a token at a time, `by_token`, as `generate` decodes.
     """
     if not any(batch.targets):
         return [(None, None)] * len(batch.targets)
@@ -114,14 +114,20 @@ def likelihoods(model: Any, batch: Batch, cache: Any) -> list[tuple[float | None
     ids, mask = _padded([[token, *target[:-1]] for token, target in zip(last, batch.targets, strict=True)], left=False)
     mask = torch.cat((batch.mask[:, :-1], mask.to(batch.mask.device)), dim=1)
     ids = ids.to(batch.ids.device)
-    hidden = model.get_decoder()(
-        ids,
-        attention_mask=mask,
-        position_ids=_positions(mask)[:, -ids.shape[1] :],
-        use_cache=True,
-        **cache_argument(cache),
-    ).last_hidden_state
-    cache.crop(-ids.shape[1])
+    held, tokens = batch.ids.shape[1] - 1, ids.shape[1]
+    positions = _positions(mask)[:, held:]
+    parts = []
+    for start, stop in [(at, at + 1) for at in range(tokens)] if by_token else [(0, tokens)]:
+        outputs = model.get_decoder()(
+            ids[:, start:stop],
+            attention_mask=mask[:, : held + stop],
+            position_ids=positions[:, start:stop],
+            use_cache=True,
+            **cache_argument(cache),
+        )
+        parts.append(outputs.last_hidden_state)
+    hidden = torch.cat(parts, 1)
+    cache.crop(-tokens)
     return [_likelihood(model.get_output_embeddings(), *row) for row in zip(hidden, batch.targets, strict=True)]
 
 
@@ -180,7 +186,8 @@ def run(model: Any, reader: Reader, task: Task, mode: Mode, samples: Sequence[Sa
         cache = LongContextCache(room, kv_cache=mode.settings(model, model.config).kv_cache)
     seconds = prefill(model, batch, cache)
     kept = _kept(cache)
-    likely = likelihoods(model, batch, cache)
+    sparse_decode = mode.patched and mode.settings(model, model.config).sparse_decode is not None
+    likely = likelihoods(model, batch, cache, by_token=sparse_decode)
     texts = answers(model, reader.tokenizer, batch, cache, new_tokens) if any(new_tokens) else [""] * len(samples)
     rows = []
     for number, sample in enumerate(samples):

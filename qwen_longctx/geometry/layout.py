@@ -19,7 +19,7 @@ from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.geometry import step
 from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables
-from qwen_longctx.ops.decode import Reach, why_not
+from qwen_longctx.ops.decode import MOST_TOKENS, Reach, why_not
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -137,6 +137,8 @@ class Layout:
     slot : torch.Tensor, optional
         Shape (1,), int64, on the device: where the one token of every row is written in the cache, for a forward that
         is captured and repeated. Else it is written behind those that the cache holds.
+    keep : float, optional
+        Share of the keys that the queries of such a forward attend to; None is all.
     attended : list of int
         Numbers of the layers whose attention has used this layout, in order.
     """
@@ -151,6 +153,7 @@ class Layout:
     sparse: Any = None
     reach: Reach | None = None
     slot: torch.Tensor | None = None
+    keep: float | None = None
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 
@@ -388,13 +391,14 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
+    keep = settings.sparse_decode
     one_pass = takes_one_pass(settings, rotary, dtype, device, stop - start)
     if call.cached and mode != "train" and not weights and sparse is None and one_pass:
         keys, reach, spots = step.lay_out(
             call, start, stop, settings=settings, rotary=rotary, dtype=dtype, device=device
         )
         tables = RotaryTables.of_keys(keys, spots, rotary.inv_freq, rotary.attention_scaling)
-        return Layout((), False, tables, settings.kernel, stop, mode, reach=reach)
+        return Layout((), False, tables, settings.kernel, stop, mode, reach=reach, keep=keep)
     groups, varying = _groups(call, start, stop, settings, sparse.dense_end if sparse is not None else 0)
     kinds: set[Kind] = {s.kind for g in groups for span in g.spans for s in span.segments}
     positions = _positions(call, start, stop, device)
@@ -418,6 +422,8 @@ def takes_one_pass(
     settings: LongContextConfig, rotary: RotarySource, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> bool:
     """Whether `ops.decode` takes so many tokens after a cache. Arguments as in `make_layout`."""
+    if settings.sparse_decode is not None and tokens <= MOST_TOKENS:
+        return True  # of all devices, since no engine that takes a segment at a time knows lists of blocks
     return not why_not(settings.kernel, device, dtype, 2 * len(rotary.inv_freq), tokens)
 
 

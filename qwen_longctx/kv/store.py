@@ -208,7 +208,8 @@ class Store:
         """Keep rows number `rows` of the batch, integers of shape (rows,), in that order."""
         if self.buffers is None:
             return
-        self._means = None
+        if self._means is not None:  # beams are reordered at every token
+            self._means = self._means.index_select(0, rows.to(self._means.device))
         if self._stays(rows):
             for buffer in self.buffers:
                 held = buffer[:, : self.length]

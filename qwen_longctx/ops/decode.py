@@ -20,8 +20,10 @@ from qwen_longctx.ops.triton_runtime import AVAILABLE, on_its_device, tl, triton
 
 MOST_TOKENS = 8  # new tokens of a row; more are a prefill, which is bound by arithmetic
 SEGMENTS = 3
+BLOCK = 64  # keys of a block in a list, a multiple of the keys of every tile
 _MOST_SPLITS = 128  # parts that are joined at once
 _FEWEST_KEYS = 128  # of a part: shorter ones cost more to join than they save
+_FEWEST_LISTED = 32  # blocks that a part of a list has room for: each power of 2 is compiled anew
 _PROGRAMS_A_PROCESSOR = 2  # resident at once: one loads while the other computes
 _ROW_BYTES = 1 << 14  # of the packed queries of a tile
 _LEAST_SHARED = 99 << 10  # of a program, in bytes, on any device of compute capability 8.0 and newer
@@ -76,15 +78,26 @@ def why_not(setting: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"takes up to {MOST_TOKENS} tokens, not {tokens}"
     if dtype not in (*HALF, torch.float32):
         return f"takes no {dtype}"
-    if head_dim % 8 or not 16 <= head_dim <= 256:
+    if not takes_head_dim(head_dim):
         return f"takes head dims from 16 to 256 in steps of 8, not {head_dim}"
     if lack := older_than(device, _CAPABILITY):
         return lack
     return "" if AVAILABLE else "needs Triton"
 
 
+def takes_head_dim(head_dim: int) -> bool:
+    """Whether the kernel is made for heads of so many numbers."""
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+
+
 def decode(
-    q: torch.Tensor, k: torch.Tensor | EightBit, v: torch.Tensor | EightBit, reach: Reach, *, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor | EightBit,
+    v: torch.Tensor | EightBit,
+    reach: Reach,
+    *,
+    scale: float,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a few queries to the keys of all segments, one softmax over all of them.
 
@@ -98,6 +111,10 @@ def decode(
     reach : Reach
     scale : float
         Softmax scale without the attention temperature.
+    blocks : torch.Tensor, optional
+        Shape (batch, kv_heads, count), int32, in rising order, each once: numbers of the blocks of `BLOCK` keys,
+        counted from index 0 of the cache, that are attended to; others are not read. Those beyond the last key are
+        ignored.
 
     Returns
     -------
@@ -109,18 +126,17 @@ def decode(
     TypeError
         Queries, keys and values are of different dtypes.
     """
-    if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
-        check_dtypes(q, k, v)
-        if uses_triton(q, k, v):
-            return decode_triton(q, k, v, reach, scale=scale)
-    else:
-        if uses_triton(q):
-            return decode_triton(q, k, v, reach, scale=scale)
-        k, v = (x if isinstance(x, torch.Tensor) else x.numbers() for x in (k, v))
+    held = tuple(x for x in (k, v) if isinstance(x, torch.Tensor))
+    check_dtypes(q, *held)
+    if uses_triton(q, *held) and takes_head_dim(q.shape[3]):
+        return decode_triton(q, k, v, reach, scale=scale, blocks=blocks)
+    k, v = (x if isinstance(x, torch.Tensor) else x.numbers() for x in (k, v))
     exact = torch.promote_types(q.dtype, torch.float32)
     index = torch.arange(k.shape[1], device=k.device)
     start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
-    inside = (index >= start) & (index < stop)
+    inside = (index >= start) & (index < stop)  # (batch, 1 or kv_heads, 1, tokens, segments, keys)
+    if blocks is not None:
+        inside = inside & _kept(blocks, k.shape[1])[:, :, None, None, None]
     logits = torch.zeros((), dtype=exact, device=q.device)
     for segment in range(SEGMENTS):
         rotated = cast(rotate(q, reach.cos[segment], reach.sin[segment]), q.dtype).unflatten(2, (k.shape[2], -1))
@@ -129,8 +145,17 @@ def decode(
     logits = logits * (reach.heat[:, None, None, :, None].to(exact) * scale)
     logits = logits.masked_fill(~inside.any(-2), -torch.inf)
     weights = torch.exp(logits - logits.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(exact).min))
-    values = v.to(exact).where(inside.any(-2).any(3)[:, 0, 0, :, None, None], 0.0)
+    used = inside.any(-2).any(3)[:, :, 0].transpose(1, 2)[..., None]
+    values = v.to(exact).where(used, 0.0)
     return torch.einsum("bngts,bsnd->btngd", weights, values).flatten(2, 3).to(q.dtype)
+
+
+def _kept(blocks: torch.Tensor, keys: int) -> torch.Tensor:
+    """Bool of shape (batch, kv_heads, keys): the block of the key is listed."""
+    count = -(-keys // BLOCK)
+    listed = torch.zeros((*blocks.shape[:2], count + 1), dtype=torch.bool, device=blocks.device)
+    listed.scatter_(2, blocks.long().clamp(max=count), True)
+    return listed[..., :count].repeat_interleave(BLOCK, -1)[..., :keys]
 
 
 class Sizes(NamedTuple):
@@ -195,6 +220,7 @@ def decode_triton(
     reach: Reach,
     *,
     scale: float,
+    blocks: torch.Tensor | None = None,
     by: Sizes | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -209,7 +235,8 @@ def decode_triton(
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, k.shape[1])
+    listed = 0 if blocks is None else blocks.shape[2]
+    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1])
     by, splits = by or fitting, splits or filling
     k, k_scales, bias = _held(k)
     v, v_scales, _ = _held(v)
@@ -229,6 +256,7 @@ def decode_triton(
         k_scales,
         v_scales,
         *((None, None) if bias is None else (bias.tile, bias.turns)),
+        heat if blocks is None else blocks.contiguous(),
         sums,
         lses,
         *q.stride()[:3],
@@ -240,7 +268,10 @@ def decode_triton(
         tokens,
         kv_heads,
         min(stride, k.shape[1]),
+        listed,
         scale * math.log2(math.e),
+        LISTED=0 if blocks is None else max(_FEWEST_LISTED, 1 << (-(-listed // splits) - 1).bit_length()),
+        BLOCK=BLOCK,
         GROUP=group,
         HEAD_DIM=head_dim,
         DIM=dim,
@@ -275,9 +306,10 @@ def _held(x: torch.Tensor | EightBit) -> tuple[torch.Tensor, torch.Tensor | None
 
 @triton.jit(do_not_specialize=("ranges", "stride"))  # a view that lies at any address
 def _decode(  # type: ignore[no-untyped-def]
-    q, k, v, cos, sin, ranges, heat, k_scales, v_scales, bias, frequencies, sums, lses,
+    q, k, v, cos, sin, ranges, heat, k_scales, v_scales, bias, frequencies, blocks, sums, lses,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,
-    tokens, kv_heads, stride, scale,
+    tokens, kv_heads, stride, listed, scale,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -300,6 +332,12 @@ def _decode(  # type: ignore[no-untyped-def]
     part = tl.cdiv(tl.cdiv(total, tl.num_programs(0)), KEYS) * KEYS
     first = split * part
     last = tl.minimum(first + part, total)
+    if LISTED:  # or the blocks of a list are, which has so many for a part at most
+        part = tl.cdiv(listed, tl.num_programs(0))
+        entry = tl.arange(0, LISTED)
+        blocks += owner.to(tl.int64) * listed + split * part
+        mine = (entry < part) & (split * part + entry < listed)
+        block = tl.load(blocks + entry, mask=mine, other=0)
     heated = tl.load(heat + spot, mask=within, other=0.0) * scale
     q += batch * q_batch + kv_head * GROUP * q_head
     q_spot = token[:, None].to(tl.int64) * q_token + (row % GROUP)[:, None] * q_head
@@ -329,6 +367,10 @@ def _decode(  # type: ignore[no-untyped-def]
         begin = least + tl.minimum(tl.maximum(first - before, 0), count)
         end = least + tl.minimum(tl.maximum(last - before, 0), count)
         before += count
+        if LISTED:  # numbers rise, so the blocks of a segment stand together
+            passed = tl.sum((mine & ((block + 1) * BLOCK <= least)).to(tl.int32), 0)
+            near_or_passed = tl.sum((mine & (block * BLOCK < least + count)).to(tl.int32), 0)
+            begin, end = passed * BLOCK, near_or_passed * BLOCK
         inside = within[:, None] & real[None, :]
         plain = tl.load(q + q_spot + dim[None, :], mask=inside, other=0.0).to(tl.float32)
         other = tl.load(q + q_spot + turned[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -336,7 +378,29 @@ def _decode(  # type: ignore[no-untyped-def]
         s = tl.load(sin + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
         exact = plain * c + other * s
         rotated = exact.to(q.dtype.element_ty)
-        if bias is None:
+        # The bias of codes was rotated by the spot at which a tile begins and by the place in the tile. The first is
+        # undone on the queries instead, so that one rotated tile serves all.
+        across = tl.where(dim < HEAD_DIM // 2, 1.0, -1.0)[None, :] * (other * c - plain * s)
+        if LISTED:
+            for here in range(begin, end, KEYS):
+                at = tl.load(blocks + here // BLOCK) * BLOCK + here % BLOCK + tl.arange(0, KEYS)
+                near = (at >= least) & (at < least + count)
+                common = None
+                if bias is not None:  # a tile may reach over the border of two chunks
+                    low = tl.min(at, 0) - least
+                    low = low - tl.where(low < 0, -stride, low // stride * stride)
+                    c_back, s_back = _turned(turns, low)
+                    back = exact * c_back[None, :] + across * s_back[None, :]
+                    common = tl.dot(back.to(q.dtype.element_ty), common_tile, input_precision="ieee")
+                    c_back, s_back = _turned(turns, low - stride)
+                    back = exact * c_back[None, :] + across * s_back[None, :]
+                    after = tl.dot(back.to(q.dtype.element_ty), common_tile, input_precision="ieee")
+                    common = tl.where((low + tl.arange(0, KEYS) < stride)[None, :], common, after)
+                highest, norm, result = _tile(
+                    rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop,
+                    heated, dim, real, highest, norm, result,
+                )  # fmt: skip
+        elif bias is None:
             for here in range(begin, end, KEYS):
                 at = here + tl.arange(0, KEYS)
                 near = at < end
@@ -345,9 +409,6 @@ def _decode(  # type: ignore[no-untyped-def]
                     dim, real, highest, norm, result,
                 )  # fmt: skip
         else:
-            # The bias was rotated by the spot at which a tile begins and by the place in the tile. The first is undone
-            # on the queries instead, so that one rotated tile serves all.
-            across = tl.where(dim < HEAD_DIM // 2, 1.0, -1.0)[None, :] * (other * c - plain * s)
             for chunk in range((begin - least) // stride, tl.cdiv(end - least, stride)):
                 left = least + chunk * stride
                 low = tl.maximum(begin, left)
