@@ -126,9 +126,10 @@ def decode(
     TypeError
         Queries, keys and values are of different dtypes.
     """
-    held = tuple(x for x in (k, v) if isinstance(x, torch.Tensor))
-    check_dtypes(q, *held)
-    if uses_triton(q, *held) and takes_head_dim(q.shape[3]):
+    read = tuple(x.codes if isinstance(x, EightBit) else x for x in (k, v))
+    if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
+        check_dtypes(q, k, v)
+    if uses_triton(q, *read) and takes_head_dim(q.shape[3]):
         return decode_triton(q, k, v, reach, scale=scale, blocks=blocks)
     k, v = (x if isinstance(x, torch.Tensor) else x.numbers() for x in (k, v))
     exact = torch.promote_types(q.dtype, torch.float32)
