@@ -58,7 +58,7 @@ def attention_forward(
     k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
     kv: Store | Tensors = Tensors(k, v)
     if dual_chunk.slot is not None:
-        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot)
+        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot, dual_chunk.tables.spots)
     elif past_key_values is not None:
         tables = dual_chunk.tables
         # a norm leaves no bias to take out, and layers that quantise weights may name none
