@@ -22,7 +22,9 @@ from qwen_longctx.ops import (
     columns,
     compact,
     decode,
+    eight_bit,
     keep,
+    means,
     merge,
     rotate,
     row_lse,
@@ -45,6 +47,8 @@ OPERATIONS = (
     (columns, "columns_triton", ("_columns",), columns.columns),
     (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
+    (eight_bit, "write_triton", ("_write",), eight_bit.write),
+    (means, "write_mean_triton", ("_write_mean",), means.write_mean),
 )
 Variant = tuple[str, str]
 

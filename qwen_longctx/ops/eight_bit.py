@@ -251,12 +251,14 @@ def _quantised(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     shrunk = tl.minimum(tl.maximum(tl.where(number, shrunk, 0.0), -most), most)
     # added to a number of so many bits, what is behind the point is rounded away, halves to the even side
     if dtype == tl.int8:
-        return ((shrunk + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8), scale
-    bits = tl.abs(shrunk).to(tl.int32, bitcast=True)
-    large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    small = ((tl.abs(shrunk) * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)  # below 1/64 steps are of 1/512
-    code = tl.where(bits < (121 << 23), small, large) | tl.where(shrunk.to(tl.int32, bitcast=True) < 0, 128, 0)
-    return tl.where(number, code, 127).to(tl.uint8), scale
+        code = ((shrunk + 12582912.0) - 12582912.0).to(tl.int32)
+    else:
+        bits = tl.abs(shrunk).to(tl.int32, bitcast=True)
+        large = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        small = ((tl.abs(shrunk) * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)  # below 1/64 steps are of 1/512
+        code = tl.where(bits < (121 << 23), small, large) | tl.where(shrunk.to(tl.int32, bitcast=True) < 0, 128, 0)
+        code = tl.where(number, code, 127)
+    return code.to(dtype), scale
 
 
 @triton.jit
@@ -280,5 +282,7 @@ def code_numbers(codes):  # type: ignore[no-untyped-def]
     if codes.dtype == tl.uint8:
         bits = codes.to(tl.uint16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        return half.to(tl.float32) * 256.0
-    return codes.to(tl.float32)
+        numbers = half.to(tl.float32) * 256.0
+    else:
+        numbers = codes.to(tl.float32)
+    return numbers

@@ -28,6 +28,7 @@ def write_mean(keys: torch.Tensor | EightBit, means: torch.Tensor, slot: torch.T
     slot : torch.Tensor
         Shape (1,), int64: the number of the new key, which is there already.
     size : int
+        A power of 2.
     """
     held = keys if isinstance(keys, torch.Tensor) else keys.codes
     if uses_triton(held, means):
@@ -61,6 +62,7 @@ def write_mean_triton(keys: torch.Tensor | EightBit, means: torch.Tensor, slot: 
         *means.stride()[:3],
         kv_heads,
         SIZE=size,
+        KEYS=size if bias is None else 1,  # many cosines at once would take much of the stack
         HEAD_DIM=head_dim,
         DIM=triton.next_power_of_2(head_dim),
         SCALING=1.0 if bias is None else bias.scaling,
@@ -73,25 +75,27 @@ def write_mean_triton(keys: torch.Tensor | EightBit, means: torch.Tensor, slot: 
 def _write_mean(  # type: ignore[no-untyped-def]
     k, scales, spots, vector, turns, means, slot,
     k_batch, k_token, k_head, m_batch, m_mean, m_head, kv_heads,
-    SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SCALING: tl.constexpr,
+    SIZE: tl.constexpr, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     last = tl.load(slot)
     if (last + 1) % SIZE == 0:
-        at = last + 1 - SIZE + tl.arange(0, SIZE)
         dim = tl.arange(0, DIM)
         real = dim < HEAD_DIM
-        place = k + batch * k_batch + head * k_head + at[:, None] * k_token + dim[None, :]
-        codes = tl.load(place, mask=real[None, :], other=0)
-        if scales is None:
-            numbers = codes.to(tl.float32)
-        else:
-            token = batch * (k_batch // k_token) + at
-            numbers = code_numbers(codes) * tl.load(scales + token * kv_heads + head)[:, None]
-            if vector is not None:
-                spot = tl.load(spots + token)[:, None]
-                numbers += rotated_bias(vector + head * HEAD_DIM, turns, spot, dim[None, :], HEAD_DIM, SCALING)
-            numbers = numbers.to(means.dtype.element_ty).to(tl.float32)
-        mean = tl.sum(numbers, 0) * (1.0 / SIZE)
+        place = k + batch * k_batch + head * k_head + dim[None, :]
+        total = tl.zeros((DIM,), tl.float32)
+        for first in range(0, SIZE, KEYS):
+            at = last + 1 - SIZE + first + tl.arange(0, KEYS)
+            codes = tl.load(place + at[:, None] * k_token, mask=real[None, :], other=0)
+            if scales is None:
+                numbers = codes.to(tl.float32)
+            else:
+                token = batch * (k_batch // k_token) + at
+                numbers = code_numbers(codes) * tl.load(scales + token * kv_heads + head)[:, None]
+                if vector is not None:
+                    spot = tl.load(spots + token)[:, None]
+                    numbers += rotated_bias(vector + head * HEAD_DIM, turns, spot, dim[None, :], HEAD_DIM, SCALING)
+                numbers = numbers.to(means.dtype.element_ty).to(tl.float32)
+            total += tl.sum(numbers, 0)
         place = means + batch * m_batch + (last // SIZE) * m_mean + head * m_head + dim
-        tl.store(place, mean.to(means.dtype.element_ty), mask=real)
+        tl.store(place, (total * (1.0 / SIZE)).to(means.dtype.element_ty), mask=real)
