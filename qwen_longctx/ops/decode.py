@@ -239,6 +239,9 @@ def decode_triton(
     listed = 0 if blocks is None else blocks.shape[2]
     fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1])
     by, splits = by or fitting, splits or filling
+    if listed and isinstance(k, EightBit) and k.bias is not None and reach.stride < by.keys:
+        k = k.numbers().to(q.dtype)  # a tile of a block would reach over three chunks
+        v = v.numbers().to(q.dtype) if isinstance(v, EightBit) else v
     k, k_scales, bias = _held(k)
     v, v_scales, _ = _held(v)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
