@@ -35,6 +35,7 @@ from qwen_longctx.patches import runs
 from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.linear import Fp8Linear
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod, slot_of, stock_function
+from qwen_longctx.prefill.peak import GRAPH
 from qwen_longctx.prefill.run import Run
 
 logger = logging.getLogger(__name__)
@@ -352,6 +353,8 @@ def capture(forward: Callable[[], None], device: torch.device) -> Any:
     graph = torch.cuda.CUDAGraph()
     # the scratch memory of matrix products belongs to a stream: a graph that shared it would write into that of others
     with torch.cuda.device(device):
+        if torch.cuda.mem_get_info(device)[0] < GRAPH:  # in mid-capture what a prefill has left cannot be given back
+            torch.cuda.empty_cache()
         torch._C._cuda_clearCublasWorkspaces()
         stream, present = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(present)
