@@ -240,7 +240,8 @@ def _blocks_kept(run: Run) -> int | None:
 
 def _watched() -> bool:
     """Whether operations are watched or changed one by one, or captured by somebody else."""
-    if torch._C._len_torch_dispatch_stack() or nn.modules.module._has_any_global_hook():
+    everywhere = vars(nn.modules.module)  # torch 2.6 has no function that tells
+    if torch._C._len_torch_dispatch_stack() or any(everywhere["_global" + name] for name in _HOOKS):
         return True
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return True
