@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qwen_longctx.errors import PatchConflict, Unsupported
-from qwen_longctx.ops import fp8
+from qwen_longctx.ops import fp8, thin
 from qwen_longctx.ops.device import needs_gradient
 from qwen_longctx.ops.fp8 import E4M3, Rows
 
@@ -181,6 +181,32 @@ def rows_for(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor | Rows:
 def takes_rows(*modules: nn.Module) -> bool:
     """Whether layers are in 8 bits, and nobody looks at what goes in."""
     return all(type(one) is Fp8Linear and not (one._forward_pre_hooks or one._forward_hooks) for one in modules)
+
+
+def thin_weights(x: torch.Tensor, *modules: Any) -> list[thin.Weight] | None:
+    """What plain linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself."""
+    if torch.compiler.is_compiling() or not thin.pays(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if not all(map(_is_plain, modules)):
+        return None
+    held = [(one.weight, one.bias) for one in modules]
+    if any((bias is None) != (held[0][1] is None) for _, bias in held):
+        return None
+    parameters = [one for pair in held for one in pair if one is not None]
+    if needs_gradient(*parameters) or not all(_is_like(x, one) for one in parameters):
+        return None
+    return [thin.Weight(*pair) for pair in held]
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a linear layer and nothing else, and nobody looks at what goes in or comes out."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked and module._compiled_call_impl is None
+
+
+def _is_like(x: torch.Tensor, parameter: torch.Tensor) -> bool:
+    kind = type(parameter.data), parameter.dtype, parameter.device
+    return kind == (torch.Tensor, x.dtype, x.device) and parameter.is_contiguous()
 
 
 def _linears(number: int, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -22,6 +22,7 @@ from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
+from qwen_longctx.ops.thin import _thin
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
 
@@ -146,6 +147,14 @@ KERNELS = [
         for room, blocks in ((8, 256), (64, 64))
     ),
     (_best_blocks, {"scores": "*fp32", "chosen": "*i32"}, {"WIDTH": 4096}),
+    *(
+        (
+            _thin,
+            {name: "*bf16" for name in ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2")},
+            {"GATED": gated, "OUTPUTS": 16, "DEPTH": 256, "ROWS": 16},
+        )
+        for gated in (False, True)
+    ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 
