@@ -184,29 +184,33 @@ def takes_rows(*modules: nn.Module) -> bool:
 
 
 def thin_weights(x: torch.Tensor, *modules: Any) -> list[thin.Weight] | None:
-    """What plain linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself."""
+    """What linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself."""
     if torch.compiler.is_compiling() or not thin.pays(x) or torch.is_autocast_enabled(x.device.type):
         return None
-    if not all(map(_is_plain, modules)):
+    kind = type(modules[0])
+    if kind not in (nn.Linear, Fp8Linear) or not all(type(one) is kind and _is_unwatched(one) for one in modules):
         return None
-    held = [(one.weight, one.bias) for one in modules]
-    if any((bias is None) != (held[0][1] is None) for _, bias in held):
+    dtype = E4M3 if kind is Fp8Linear else x.dtype
+    weights, biases = [one.weight for one in modules], [one.bias for one in modules if one.bias is not None]
+    if len(biases) not in (0, len(weights)) or needs_gradient(*weights, *biases):
         return None
-    parameters = [one for pair in held for one in pair if one is not None]
-    if needs_gradient(*parameters) or not all(_is_like(x, one) for one in parameters):
+    if not all(_lies_like(x, one, dtype) for one in weights) or not all(_lies_like(x, one, x.dtype) for one in biases):
         return None
-    return [thin.Weight(*pair) for pair in held]
+    if kind is Fp8Linear:
+        kept = all(one._kept.weight.dtype == x.dtype for one in modules)
+        return [thin.Weight(one.weight, one.bias, one.weight_scales) for one in modules] if kept else None
+    return [thin.Weight(one.weight, one.bias) for one in modules]
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether a module is a linear layer and nothing else, and nobody looks at what goes in or comes out."""
+def _is_unwatched(module: Any) -> bool:
+    """Whether nobody looks at what goes into a module or comes out, or runs it in another way."""
     hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked and module._compiled_call_impl is None
+    return not hooked and module._compiled_call_impl is None
 
 
-def _is_like(x: torch.Tensor, parameter: torch.Tensor) -> bool:
+def _lies_like(x: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtype) -> bool:
     kind = type(parameter.data), parameter.dtype, parameter.device
-    return kind == (torch.Tensor, x.dtype, x.device) and parameter.is_contiguous()
+    return kind == (torch.Tensor, dtype, x.device) and parameter.is_contiguous()
 
 
 def _linears(number: int, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -25,6 +25,7 @@ from qwen_longctx.ops.row_lse import _row_lse
 from qwen_longctx.ops.thin import _thin
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
+SCALES = ("scales", "s0", "s1", "s2")
 
 
 def eight_bit(codes, bias=None):
@@ -150,9 +151,14 @@ KERNELS = [
     *(
         (
             _thin,
-            {name: "*bf16" for name in ("x", "w0", "w1", "w2", "b0", "b1", "b2", "o0", "o1", "o2")},
-            {"GATED": gated, "OUTPUTS": 16, "DEPTH": 256, "ROWS": 16},
+            {
+                **{name: f"*{dtype}" for name in ("x", "w0", "w1", "w2")},
+                **{name: "*bf16" for name in ("b0", "b1", "b2", "o0", "o1", "o2")},
+                **dict.fromkeys(scales, "*fp32"),
+            },
+            {**{"GATED": gated, "OUTPUTS": 16, "DEPTH": 256, "ROWS": 16}, **dict.fromkeys(none)},
         )
+        for dtype, scales, none in (("bf16", (), SCALES), ("fp8e4nv", SCALES, ()))
         for gated in (False, True)
     ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),

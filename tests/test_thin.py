@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers import INTERPRETED, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
-from qwen_longctx.ops import thin
+from qwen_longctx.ops import fp8, thin
 from qwen_longctx.ops.thin import Weight, linear, linear_triton, silu_mul, silu_mul_triton
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -60,6 +60,36 @@ def test_swiglu_rounds_as_its_steps_do(device, rows, inputs, outputs):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gated", [False, True])
+def test_weights_in_8_bits(device, rows, gated, monkeypatch):
+    torch.manual_seed(5)
+    if device == "cpu":  # the interpreter cuts numbers off where hardware rounds them
+        monkeypatch.setattr(fp8, "cast_rows_triton", fp8.cast_rows)
+    how = {"dtype": torch.bfloat16 if device == "cuda" else torch.float16, "device": device}
+    x = draw(rows, 144, **how)
+    weights = []
+    for outputs in (40, 40) if gated else (50, 16, 7):
+        cast = fp8.cast_rows(draw(outputs, 144, **how))
+        weights.append(Weight(cast.values, None if gated else draw(outputs, **how), cast.scales))
+    in_8_bits = fp8.cast_rows(x)
+    x_exact, *exact = (
+        r.values.double().cpu() * r.scales.cpu() for r in (in_8_bits, *(fp8.Rows(w.values, w.scales) for w in weights))
+    )
+    wanted = [
+        x_exact @ one.T + (0 if w.bias is None else w.bias.double().cpu())
+        for one, w in zip(exact, weights, strict=True)
+    ]
+    if gated:
+        wanted = [nn.functional.silu(wanted[0]) * wanted[1]]
+        got = [silu_mul_triton(x, *weights)]
+    else:
+        got = linear_triton(x, *weights)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other, rtol=4 * torch.finfo(x.dtype).eps, atol=0.05)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_do_not_lie_together(device):
     how = {"dtype": torch.float16, "device": device}
     x = draw(2, 3, 64, **how)[:, ::2]
@@ -105,6 +135,15 @@ def test_same_logits(launches, monkeypatch, family, batch, tokens):
     monkeypatch.setattr(thin, "pays", lambda x: False)
     torch.testing.assert_close(got, step(model, batch, tokens))
     assert not launches
+
+
+def test_a_model_in_8_bits(launches, monkeypatch):
+    monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    model = patch_qwen(tiny_model(dtype=torch.bfloat16, intermediate_size=64), linear="fp8")
+    got = step(model)
+    assert len(launches) == 10  # the twin of SwiGLU calls that of its layers
+    monkeypatch.setattr(thin, "pays", lambda x: False)
+    assert torch.equal(got, step(model))
 
 
 def test_more_rows_run_layer_by_layer(launches):

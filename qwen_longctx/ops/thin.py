@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from qwen_longctx.ops import fp8
 from qwen_longctx.ops.device import HALF, capability, uses_triton
+from qwen_longctx.ops.fp8 import Rows
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
 MOST_ROWS = 8
@@ -26,13 +28,16 @@ class Weight(NamedTuple):
     Attributes
     ----------
     values : torch.Tensor
-        Shape (outputs, inputs), contiguous, of the dtype of the rows.
+        Shape (outputs, inputs), contiguous, of the dtype of the rows, or e4m3.
     bias : torch.Tensor, optional
-        Shape (outputs,), of the same dtype.
+        Shape (outputs,), of the dtype of the rows.
+    scales : torch.Tensor, optional
+        Shape (outputs, 1), float32: of a weight in e4m3.
     """
 
     values: torch.Tensor
     bias: torch.Tensor | None
+    scales: torch.Tensor | None = None
 
 
 def pays(x: torch.Tensor) -> bool:
@@ -43,14 +48,14 @@ def pays(x: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
-    """``x @ values.T + bias`` for up to three layers, summed in float32.
+    """``x @ values.T + bias`` for up to three layers, summed in float32; for weights in e4m3 rows are cast to it too.
 
     Parameters
     ----------
     x : torch.Tensor
         Shape (..., inputs), on a CUDA device fp16 or bf16, of at most 16 rows.
     weights : Weight
-        All with a bias, or all without.
+        All in e4m3 or none, and all with a bias or none.
 
     Returns
     -------
@@ -59,7 +64,12 @@ def linear(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
     """
     if uses_triton(x):
         return linear_triton(x, *weights)
-    return [torch.nn.functional.linear(x, *one) for one in weights]
+    return [
+        torch.nn.functional.linear(x, values, bias)
+        if scales is None
+        else fp8.product(fp8.cast_rows(x), Rows(values, scales), bias).to(x.dtype)
+        for values, bias, scales in weights
+    ]
 
 
 def silu_mul(x: torch.Tensor, gate: Weight, up: Weight) -> torch.Tensor:
@@ -88,13 +98,15 @@ def silu_mul_triton(x: torch.Tensor, gate: Weight, up: Weight) -> torch.Tensor:
 
 def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *, gated: bool) -> None:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    taken = (rows, None) if weights[0].scales is None else fp8.cast_rows_triton(rows)
     counts = [len(one.values) for one in weights]
     tiles = [triton.cdiv(count, _OUTPUTS) for count in counts]
     spare = 3 - len(weights)  # that no program works on
     weights, outs = weights + weights[:1] * spare, outs + outs[:1] * (3 - len(outs))
     _thin[(tiles[0] if gated else sum(tiles),)](
-        rows,
+        *taken,
         *(one.values for one in weights),
+        *(one.scales for one in weights),
         *(one.bias for one in weights),
         *outs,
         *counts,
@@ -114,17 +126,17 @@ def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *,
 
 @triton.jit(do_not_specialize=("n0", "n1", "n2", "first", "second", "rows"))
 def _thin(  # type: ignore[no-untyped-def]
-    x, w0, w1, w2, b0, b1, b2, o0, o1, o2, n0, n1, n2, first, second, rows, inputs,
+    x, scales, w0, w1, w2, s0, s1, s2, b0, b1, b2, o0, o1, o2, n0, n1, n2, first, second, rows, inputs,
     GATED: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # `first` and `second` are the tiles of outputs of one layer, and of two
     tile = tl.program_id(0)
-    w, b, o, n = w0, b0, o0, n0
+    w, s, b, o, n = w0, s0, b0, o0, n0
     if not GATED:
         if tile >= second:
-            w, b, o, n, tile = w2, b2, o2, n2, tile - second
+            w, s, b, o, n, tile = w2, s2, b2, o2, n2, tile - second
         elif tile >= first:
-            w, b, o, n, tile = w1, b1, o1, n1, tile - first
+            w, s, b, o, n, tile = w1, s1, b1, o1, n1, tile - first
     row = tl.arange(0, ROWS)
     at = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
@@ -138,12 +150,17 @@ def _thin(  # type: ignore[no-untyped-def]
         result = tl.dot(tl.load(w + spot, mask=wanted, other=0.0), some, result, input_precision="ieee")
         if GATED:
             other = tl.dot(tl.load(w1 + spot, mask=wanted, other=0.0), some, other, input_precision="ieee")
-    result = _rounded(result, b, at, n, x.dtype.element_ty)
+    if scales is not None:
+        scale = tl.load(scales + row, mask=row < rows, other=0.0)[None, :]
+        result *= scale * tl.load(s + at, mask=at < n, other=0.0)[:, None]
+        if GATED:
+            other *= scale * tl.load(s1 + at, mask=at < n, other=0.0)[:, None]
+    result = _rounded(result, b, at, n, o.dtype.element_ty)
     if GATED:
         gate = result.to(tl.float32)
-        gate = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32)
-        other = _rounded(other, b1, at, n, x.dtype.element_ty).to(tl.float32)
-        result = (gate * other).to(x.dtype.element_ty)
+        gate = (gate * tl.sigmoid(gate)).to(o.dtype.element_ty).to(tl.float32)
+        other = _rounded(other, b1, at, n, o.dtype.element_ty).to(tl.float32)
+        result = (gate * other).to(o.dtype.element_ty)
     tl.store(o + row[None, :].to(tl.int64) * n + at[:, None], result, mask=(at < n)[:, None] & (row < rows)[None, :])
 
 
