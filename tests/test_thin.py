@@ -147,7 +147,7 @@ def test_a_model_in_8_bits(launches, monkeypatch):
 
 
 def test_more_rows_run_layer_by_layer(launches):
-    step(patch_qwen(tiny_model()), batch=3, tokens=3)
+    step(patch_qwen(tiny_model()), batch=3, tokens=6)
     assert not launches
 
 
@@ -220,7 +220,7 @@ def test_where_it_pays():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 def test_shapes_of_a_7b(dtype, rows):
     torch.manual_seed(4)
     assert thin.pays(torch.zeros(rows, 64, dtype=dtype, device="cuda"))

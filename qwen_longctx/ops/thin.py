@@ -15,10 +15,9 @@ from qwen_longctx.ops.device import HALF, capability, uses_triton
 from qwen_longctx.ops.fp8 import Rows
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
-MOST_ROWS = 8
-_TILE_ROWS = 16  # the fewest that the matrix units take
-_OUTPUTS, _DEPTH = 16, 256  # of a program, and inputs at a time: small programs share the device evenly
+MOST_ROWS = 16  # the fewest that the matrix units take
 _WARPS, _STAGES = 2, 4
+_MANY_OUTPUTS = 1 << 14
 _CAPABILITY = (8, 0)  # older devices lack asynchronous copies
 
 
@@ -41,7 +40,7 @@ class Weight(NamedTuple):
 
 
 def pays(x: torch.Tensor) -> bool:
-    """Whether this is faster than a product for each layer: for up to 8 rows, `x` of shape (..., inputs)."""
+    """Whether this is faster than a product for each layer: for up to 16 rows, `x` of shape (..., inputs)."""
     if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.dtype not in HALF:
         return False
     return uses_triton(x) and capability(x.device) >= _CAPABILITY
@@ -100,7 +99,8 @@ def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *,
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     taken = (rows, None) if weights[0].scales is None else fp8.cast_rows_triton(rows)
     counts = [len(one.values) for one in weights]
-    tiles = [triton.cdiv(count, _OUTPUTS) for count in counts]
+    outputs, depth = _tile(sum(counts), weights[0].values.dtype)
+    tiles = [triton.cdiv(count, outputs) for count in counts]
     spare = 3 - len(weights)  # that no program works on
     weights, outs = weights + weights[:1] * spare, outs + outs[:1] * (3 - len(outs))
     _thin[(tiles[0] if gated else sum(tiles),)](
@@ -116,12 +116,19 @@ def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *,
         len(rows),
         rows.shape[1],
         GATED=gated,
-        OUTPUTS=_OUTPUTS,
-        DEPTH=_DEPTH,
-        ROWS=_TILE_ROWS,
+        OUTPUTS=outputs,
+        DEPTH=depth,
+        ROWS=MOST_ROWS,
         num_warps=_WARPS,
         num_stages=_STAGES,
     )
+
+
+def _tile(outputs: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Outputs of a program and inputs at a time: programs are small, so that they share the device evenly."""
+    if dtype.itemsize > 1:
+        return 16, 256
+    return (32, 256) if outputs >= _MANY_OUTPUTS else (16, 512)
 
 
 @triton.jit(do_not_specialize=("n0", "n1", "n2", "first", "second", "rows"))
