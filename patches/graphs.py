@@ -15,7 +15,8 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -172,12 +173,15 @@ class _Watch:
         return all(x.device == device and type(x.data) is torch.Tensor for x in tensors)
 
     def _look(self) -> tuple[Any, ...]:
+        # a thousand looks a token, so loops are left to map
+        tensors = [x for x in chain.from_iterable(map(dict.values, self._tensors)) if x is not None]
         return (
-            tuple(chain.from_iterable(map(dict.values, self._children))),
-            tuple([(x.data_ptr(), x.dtype) for held in self._tensors for x in held.values() if x is not None]),
-            tuple([own.get("forward") for own in self._own]),
-            tuple(kind.forward for kind in self._kinds),
-            tuple(map(len, self._hooks)),
+            list(chain.from_iterable(map(dict.values, self._children))),
+            list(map(torch.Tensor.data_ptr, tensors)),
+            list(map(attrgetter("dtype"), tensors)),
+            list(map(dict.get, self._own, repeat("forward"))),
+            [kind.forward for kind in self._kinds],
+            list(map(len, self._hooks)),
             self.model.training,
             self.model.config.num_hidden_layers,
         )

@@ -24,8 +24,10 @@ from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
+from qwen_longctx.ops.thin import _thin
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
+SCALES = ("scales", "s0", "s1", "s2")
 
 
 def eight_bit(codes, bias=None):
@@ -178,6 +180,19 @@ KERNELS = [
             ("u8", 1, ()),
             ("i8", 32, ("spots", "vector", "turns")),
         )
+    ),
+    *(
+        (
+            _thin,
+            {
+                **{name: f"*{dtype}" for name in ("x", "w0", "w1", "w2")},
+                **{name: "*bf16" for name in ("b0", "b1", "b2", "o0", "o1", "o2")},
+                **dict.fromkeys(scales, "*fp32"),
+            },
+            {**{"GATED": gated, "OUTPUTS": 16, "DEPTH": 256, "ROWS": 16}, **dict.fromkeys(none)},
+        )
+        for dtype, scales, none in (("bf16", (), SCALES), ("fp8e4nv", SCALES, ()))
+        for gated in (False, True)
     ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
