@@ -24,6 +24,7 @@ from qwen_longctx.ops import (
     decode,
     keep,
     merge,
+    read_out,
     rotate,
     row_lse,
     triton_runtime,
@@ -43,6 +44,7 @@ OPERATIONS = (
     (keep, "keep_triton", ("_keep",), _kept),
     (compact, "compact_triton", ("_compact",), lambda mask: compact.compact(mask, 1)[:2]),
     (columns, "columns_triton", ("_columns",), columns.columns),
+    (read_out, "read_out_triton", ("_read_out",), read_out.read_out),
     (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
 )

@@ -14,8 +14,19 @@ import torch
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.store import ALL_ROWS, Store
 from qwen_longctx.ops.eight_bit import EightBit, KeyBias, quantise
+from qwen_longctx.ops.read_out import AT_A_TIME, read_out
 
-AT_A_TIME = 16384  # tokens that are in float32 at once
+_SIZES = 8  # between a length and its double, to which what is read out is rounded up
+
+
+def room_for(tokens: int) -> int:
+    """Tokens for which memory is taken to read out so many: few sizes, so that the allocator has one left over.
+
+    Each chunk of a prefill reads out more than the one before, and a gigabyte that was given back is of no use to what
+    is a little larger.
+    """
+    step = max(1, (1 << max(0, tokens - 1).bit_length()) // (2 * _SIZES))
+    return -(-tokens // step) * step
 
 
 class Turning(NamedTuple):
@@ -84,13 +95,20 @@ class EightBitStore(Store):
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. New tensors, of the dtype of the first keys."""
-        held = self._held(rows, slice(start, stop))
-        shape, device = held[0].shape, held[0].codes.device
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=device) for _ in held)
-        for at in range(0, shape[1], AT_A_TIME):
-            part = slice(at, at + AT_A_TIME)
-            keys[:, part], values[:, part] = (x.part(part).numbers() for x in held)
-        return keys, values
+        keys, values = self._held(rows, slice(start, stop))
+        return self._read_out(keys), self._read_out(values)
+
+    def _keys(self, start: int, stop: int) -> torch.Tensor:
+        return self._read_out(self._held(ALL_ROWS, slice(start, stop))[0])
+
+    def _read_out(self, x: EightBit) -> torch.Tensor:
+        """What `x` stands for, in new memory of `room_for` its tokens."""
+        assert self.buffers is not None
+        rows, tokens, *vector = x.shape
+        room = min(room_for(tokens), self.buffers[0].shape[1])
+        out = torch.empty((rows, room, *vector), dtype=self.dtype, device=x.codes.device)[:, :tokens]
+        read_out(x, out)
+        return out
 
     def _held(self, rows: slice, tokens: slice) -> tuple[EightBit, EightBit]:
         assert self.buffers is not None

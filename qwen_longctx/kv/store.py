@@ -191,12 +191,15 @@ class Store:
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`. Each mean is worked out once."""
         if self._means is None or self._mean_size != size:
-            self._means, self._mean_size = self.segment(0, 0)[0], size
+            self._means, self._mean_size = self._keys(0, 0), size
         known = self._means.shape[1]
         if known < self.length // size:
-            fresh = mean_keys(self.segment(known * size, self.length)[0], size)
+            fresh = mean_keys(self._keys(known * size, self.length), size)
             self._means = torch.cat((self._means, fresh), dim=1)
         return self._means
+
+    def _keys(self, start: int, stop: int) -> torch.Tensor:
+        return self.segment(start, stop)[0]
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""
