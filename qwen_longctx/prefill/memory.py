@@ -151,11 +151,16 @@ class Need(NamedTuple):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device; None where that is not known, as on CPUs."""
+    """Bytes that can be taken on a device; None where that is not known, as on CPUs.
+
+    No more than ``torch.cuda.set_per_process_memory_fraction`` leaves.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
