@@ -8,8 +8,8 @@ queries. At its peak a layer holds, beside the embeddings of the chunk, its own 
 - in the MLP the sum with the attention's output, its norm and the MLP's output, and one slice of the MLP's inside.
 
 A cache in 8 bits also hands out keys and values: all of a span to sparse attention, a segment's to dense. Sparse
-prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen, its place
-in the mask and in the lists of a segment while they are attended to.
+prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen, its
+place in the mask and in the lists of a segment while they are attended to.
 """
 
 from __future__ import annotations
