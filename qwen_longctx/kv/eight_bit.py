@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.errors import Unsupported
-from qwen_longctx.kv.store import ALL_ROWS, Store
-from qwen_longctx.ops.eight_bit import EightBit, KeyBias, quantise
+from qwen_longctx.kv.store import ALL_ROWS, Form, Store
+from qwen_longctx.ops.eight_bit import CODES, EightBit, KeyBias, quantise
 from qwen_longctx.ops.read_out import AT_A_TIME, read_out
 
 _SIZES = 8  # between a length and its double, to which what is read out is rounded up
@@ -55,13 +55,20 @@ class EightBitStore(Store):
     kind : {"int8", "fp8"}
     capacity : int
         As of `Store`.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        In which keys and values are handed out: that of the first ones.
+    bias : KeyBias, optional
+        What all keys lack.
     """
 
     def __init__(self, kind: str, capacity: int = 0) -> None:
         super().__init__(capacity)
         self.kind = kind
         self.dtype = torch.float32
-        self._bias: KeyBias | None = None
+        self.bias: KeyBias | None = None
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, turning: Turning | None = None
@@ -79,10 +86,10 @@ class EightBitStore(Store):
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise Unsupported('a cache in 8 bits has no gradients: train with kv_cache="device", or without a cache')
         if self.length == 0:
-            self.dtype, self._means, self._bias = k.dtype, None, None
+            self.dtype, self._means, self.bias = k.dtype, None, None
             if bias is not None and turning is not None:
                 vector, inv_freq = (x.detach().to(k.device) for x in (bias, turning.inv_freq))
-                self._bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
+                self.bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
         spots = k.new_zeros(k.shape[:2], dtype=torch.int32)
         if turning is not None:
             spots += turning.spots.to(spots.device)
@@ -90,7 +97,7 @@ class EightBitStore(Store):
         self._write(*(torch.cat(some, 1) for some in zip(*parts, strict=True)))
 
     def _encoded(self, k: torch.Tensor, v: torch.Tensor, spots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        free = k.float() if self._bias is None else k.float() - self._bias.at(spots)
+        free = k.float() if self.bias is None else k.float() - self.bias.at(spots)
         return *quantise(free, self.kind), *quantise(v, self.kind), spots
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +120,14 @@ class EightBitStore(Store):
     def _held(self, rows: slice, tokens: slice) -> tuple[EightBit, EightBit]:
         assert self.buffers is not None
         k, k_scales, v, v_scales, spots = (x[rows, tokens] for x in self.buffers)
-        return EightBit(k, k_scales, spots, self._bias), EightBit(v, v_scales)
+        return EightBit(k, k_scales, spots, self.bias), EightBit(v, v_scales)
+
+    def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
+        """See `Store`: codes and scales do not depend on `dtype`."""
+        codes = Form(CODES[self.kind], (kv_heads, head_dim))
+        scales = Form(torch.float32, (kv_heads, 1))
+        spots = Form(torch.int32, ())
+        return {"keys": codes, "key_scales": scales, "values": codes, "value_scales": scales, "spots": spots}
 
     def room(self) -> tuple[EightBit, EightBit]:
         """See `KeyValues`. The buffers."""

@@ -250,17 +250,14 @@ class LongContextCache(DynamicCache):
         """
         if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
             raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
-        if self.kv_cache != "device":
-            raise Unsupported(
-                f'a cache of kind "{self.kv_cache}" cannot be saved: prefill the prefix with kv_cache="device"'
-            )
         saved.write(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, capacity: int = 0) -> LongContextCache:
-        """A new cache that holds the prefix saved in a folder.
+        """A new cache that holds the prefix saved in a folder, of the kind (`kv_cache`) that was saved.
 
-        Keys and values are copied once, from the mapped file to the device of their layer, and checked on the way.
+        Keys and values, or their 8 bits, are copied once, from the mapped file to the device of their layer, and
+        checked on the way. What the setting `kv_cache` of the model says does not matter.
 
         Parameters
         ----------

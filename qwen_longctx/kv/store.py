@@ -56,6 +56,13 @@ class Tensors(NamedTuple):
         return mean_keys(self.k, size)
 
 
+class Form(NamedTuple):
+    """Dtype and shape of what a buffer holds for one token of one row."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Store:
     """Keys and values in two buffers of shape (batch, room, kv_heads, head_dim), taken once where the length is known.
 
@@ -200,6 +207,14 @@ class Store:
 
     def _keys(self, start: int, stop: int) -> torch.Tensor:
         return self.segment(start, stop)[0]
+
+    def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
+        """What the buffers hold for each token, by name, where keys and values are handed out in `dtype`."""
+        return dict.fromkeys(("keys", "values"), Form(dtype, (kv_heads, head_dim)))
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The buffers without their free room, in the order of `forms`."""
+        return tuple(x[:, : self.length] for x in self.buffers or ())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""
