@@ -37,6 +37,8 @@ class Run:
         The base model.
     trusted : bool
         The call is a token of a `generate` in progress, behind others of it.
+    new_cache : bool
+        The cache was made for the call.
     """
 
     call: Call
@@ -48,6 +50,7 @@ class Run:
     sparse: Any = None
     model: Any = None
     trusted: bool = False
+    new_cache: bool = False
 
     @property
     def tokens(self) -> int:
