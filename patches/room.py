@@ -109,13 +109,15 @@ def bytes_of_cache(base: Any, tokens: int, rows: int, kind: str) -> Counter[torc
 
 
 def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextConfig) -> Counter[torch.device]:
-    """Bytes by device that a prefill of another model takes beside its cache."""
-    return Counter(
-        {
-            device: Prefill(replace(local_shape(base), layers=layers), tokens, rows, base.dtype, settings).peak().total
-            for device, layers in _layers_of(base).items()
-        }
-    )
+    """Bytes by device that a prefill of another model takes beside its cache; the most of all kinds that may be."""
+    kinds = AUTO_KV_CACHES if settings.kv_cache == "auto" else (settings.kv_cache,)
+
+    def most(layers: int) -> int:
+        shape = replace(local_shape(base), layers=layers)
+        cases = (replace(settings, kv_cache=kind) for kind in kinds)
+        return max(Prefill(shape, tokens, rows, base.dtype, one).peak().total for one in cases)
+
+    return Counter({device: most(layers) for device, layers in _layers_of(base).items()})
 
 
 def take_room(base: Any, cache: LongContextCache, rows: int) -> None:
