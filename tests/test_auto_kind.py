@@ -225,6 +225,11 @@ def test_drafts_have_a_cache_too(monkeypatch):
     tokens, settings = 3008, {**SETTINGS, "prefill_chunk_size": 16, "kv_cache": "auto"}
     model = patch_qwen(tiny_model(), **settings)
     drafts = patch_qwen(tiny_model(initializer_range=0.3, num_hidden_layers=1), **settings)
+
+    def stop(*arguments):
+        raise InterruptedError
+
+    drafts.model.layers[0].register_forward_pre_hook(stop)  # by then both kinds are decided
     caches: list[LongContextCache] = []
     begin = LongContextCache.__init__
 
@@ -241,11 +246,21 @@ def test_drafts_have_a_cache_too(monkeypatch):
     ):
         del caches[:]
         monkeypatch.setattr(rooms, "free_bytes", lambda device, left=left: left - allocated(*caches))
-        found = model.generate(prompt(tokens - 8), assistant_model=drafts, **{**GREEDY, "max_new_tokens": 8})
-        taken = [cache for cache in caches if cache.layers]
-        assert found.shape == (1, tokens) and len(taken) == 2
-        assert all(kind in (None, cache.kv_cache) for cache, kind in zip(taken, kinds, strict=True))
-        assert allocated(*taken) + beside(model, taken[0].kv_cache, tokens) <= left
+        with pytest.raises(InterruptedError):
+            model.generate(prompt(tokens - 8), assistant_model=drafts, **{**GREEDY, "max_new_tokens": 8})
+        taken = [cache.kv_cache for cache in caches]
+        assert all(kind in (None, found) for found, kind in zip(taken, kinds, strict=True))
+        assert caches[0].capacity == tokens and allocated(caches[0]) == A_TOKEN[taken[0]] * tokens
+        assert (A_TOKEN[taken[0]] + A_TOKEN[taken[1]] // 2) * tokens + beside(model, taken[0], tokens) <= left
+
+
+def test_drafts_in_8_bits(monkeypatch, model):
+    drafts = patch_qwen(tiny_model(initializer_range=0.3, num_hidden_layers=1), **SETTINGS, kv_cache="auto")
+    ids = prompt(1100)
+    with patched_qwen(model, **SETTINGS, kv_cache="int8"):
+        wanted = model.generate(ids, **GREEDY)
+    free(monkeypatch, needed(model, "int8", 1103) + A_TOKEN["int8"] * 1103 // 2)
+    assert torch.equal(model.generate(ids, assistant_model=drafts, **GREEDY), wanted)
 
 
 # --- refusals and plans -------------------------------------------------------------------------------------------
@@ -253,7 +268,7 @@ def test_drafts_have_a_cache_too(monkeypatch):
 
 def test_a_refusal_names_the_first_setting_that_would_fit(monkeypatch):
     model = counted(patch_qwen(tiny_model(), **{**SETTINGS, "prefill_chunk_size": 32768}))
-    ids = prompt(5000)
+    ids = prompt(2200)
 
     def refused(left, **options):
         del model.ran[:]
@@ -266,12 +281,12 @@ def test_a_refusal_names_the_first_setting_that_would_fit(monkeypatch):
 
     def amount(kind, **changed):
         settings = replace(settings_of(model), kv_cache=kind, **changed)
-        return A_TOKEN[kind] * 5003 + Prefill(Shape.of(model.config), 5003, 1, torch.float32, settings).peak().total
+        return A_TOKEN[kind] * 2203 + Prefill(Shape.of(model.config), 2203, 1, torch.float32, settings).peak().total
 
     said = refused(amount("device") - 1)
-    assert said == "patch_qwen(model, prefill_chunk_size=4096): smaller prefill chunks"
+    assert said == "patch_qwen(model, prefill_chunk_size=2048): smaller prefill chunks"
     said = refused(amount("device", prefill_chunk_size=1024) - 1)
-    size = 4096
+    size = 2048
     while amount("int8", prefill_chunk_size=size) > amount("device", prefill_chunk_size=1024) - 1:
         size //= 2
     assert said.startswith(f"patch_qwen(model, kv_cache='int8', prefill_chunk_size={size}): keys and values in 8 bits")
