@@ -80,8 +80,8 @@ class Run:
             tokens = self._tokens_of_prompt(state.prompt_end)
             with _recorded(state, tokens, self.device) if tokens else nullcontext():
                 yield
-        if self.sparse is not None:
-            self.sparse.state.check()
+                if self.sparse is not None:
+                    self.sparse.state.check()
 
     def _tokens_of_prompt(self, end: int | None) -> int:
         """Tokens of this call that are of a prompt, not new ones or drafts; `end` is that of the sequence's prompt."""
