@@ -97,8 +97,9 @@ class EightBitStore(Store):
 
     def _like(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Tensors of the shapes and dtypes of what is held for keys such as `k`."""
-        forms = self.forms(*k.shape[2:], k.dtype).values()
-        return tuple(k.new_empty(1, dtype=one.dtype).expand(*k.shape[:2], *one.shape) for one in forms)
+        batch, tokens, kv_heads, head_dim = k.shape
+        forms = self.forms(kv_heads, head_dim, k.dtype).values()
+        return tuple(k.new_empty(1, dtype=one.dtype).expand(batch, tokens, *one.shape) for one in forms)
 
     def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
         """See `Store.write`; quantised on the way."""
