@@ -30,6 +30,7 @@ from qwen_longctx.patches.model import (
 from qwen_longctx.patches.runs import outermost
 
 _STATIC = ("static", "offloaded_static")
+_DYNAMIC = (None, "dynamic", "dynamic_full")  # the last is what older transformers ask for drafts
 Configs = tuple[Any, ...]  # generation configs, the most binding first
 Partner = tuple[Any, LongContextConfig]  # a base model and its settings
 
@@ -53,7 +54,7 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     check_static_cache(cache, tokens, settings)
     length = min(limit, tokens + STEP)  # the cache grows from there on
     uses_cache = _option(configs, arguments, "use_cache") is not False
-    ours = cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None
+    ours = cache is None and implementation in _DYNAMIC and uses_cache and prompt is not None
     if ours:
         cache = arguments["past_key_values"] = LongContextCache(length, kv_cache=settings.kv_cache)
     if prompt is not None and cache is not None:
