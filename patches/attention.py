@@ -15,6 +15,7 @@ from qwen_longctx.kv.eight_bit import Turning
 from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops.device import cast
+from qwen_longctx.ops.fp8 import Rows
 from qwen_longctx.patches.linear import rows_for
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
@@ -25,7 +26,7 @@ IMPLEMENTATION = "qwen_dca"
 def attention_forward(
     patched: PatchedMethod,
     self: Any,
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | Rows,
     position_embeddings: Any = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
@@ -33,7 +34,10 @@ def attention_forward(
     dual_chunk: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back."""
+    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back.
+
+    Hidden states come in 8 bits from `layer_forward`, if all projections take them so.
+    """
     if dual_chunk is None:
         if stock_forward(type(self).__module__):
             arguments = {"hidden_states": hidden_states, "position_embeddings": position_embeddings}
@@ -48,7 +52,8 @@ def attention_forward(
         raise Unsupported(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
-    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    given = hidden_states.values if isinstance(hidden_states, Rows) else hidden_states
+    shape = (*given.shape[:-1], -1, self.head_dim)
     x = rows_for(hidden_states, self.q_proj, self.k_proj, self.v_proj)
     q = self.q_proj(x).view(shape)
     k = self.k_proj(x).view(shape)

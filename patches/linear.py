@@ -169,13 +169,14 @@ def _all_or_none(modules: Iterable[Any], do: Callable[[Any], None], undo: Callab
     return done
 
 
-def rows_for(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor | Rows:
+def rows_for(x: torch.Tensor | Rows, *modules: nn.Module) -> torch.Tensor | Rows:
     """`x` in 8 bits, cast once for layers that all take it so; `x` itself for others.
 
     Whoever hooks a layer sees its input as it is.
     """
-    taken = type(x) is torch.Tensor and takes_rows(*modules) and not needs_gradient(x)
-    return fp8.cast_rows(x) if taken else x
+    if type(x) is not torch.Tensor or not takes_rows(*modules) or needs_gradient(x):
+        return x
+    return fp8.cast_rows(x)
 
 
 def takes_rows(*modules: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from qwen_longctx.ops.decode import _decode, _join
 from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.merge import _merge
+from qwen_longctx.ops.norm import _norm, _silu_mul
 from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 
@@ -119,10 +120,22 @@ KERNELS = [
         (
             _rows,
             {**dict.fromkeys(("x", "up"), "*bf16"), "values": "*fp8e4nv", "scales": "*fp32"},
-            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096},
+            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096, "PARTS": parts},
         )
-        for gated in (False, True)
+        for gated, parts in ((False, 1), (True, 5), (True, 0))
     ),
+    *(
+        (
+            _norm,
+            {
+                **dict.fromkeys(("x", "y", "weight", "total"), "*bf16"),
+                **{"values": "*fp8e4nv" if cast else "*bf16", "scales": "*fp32", "epsilon": "fp32"},
+            },
+            {"ADDED": added, "CAST": cast, "LEAST": 1e-30, "ROWS": rows, "WIDTH": width},
+        )
+        for added, cast, rows, width in ((False, False, 32, 128), (True, False, 1, 4096), (True, True, 1, 4096))
+    ),
+    (_silu_mul, dict.fromkeys(("gate", "up", "out"), "*bf16"), {"WIDTH": 2048}),
     *(
         (
             _mean_logits,
@@ -164,7 +177,7 @@ capabilities = [int(one) for one in sys.argv[1:]]
 for capability in capabilities:
     seen = set()
     for kernel, types, constants in KERNELS:
-        if kernel is _rows and capability < 89:
+        if (kernel is _rows or constants.get("CAST")) and capability < 89:
             continue  # devices without 8 bits do not run it
         if capability != capabilities[-1] and kernel in seen:
             continue  # further variants for the last device alone: they take their time

@@ -119,7 +119,7 @@ def test_head_dims_that_are_not_aligned(version, capability):
     [((6, 1), ()), ((7, 0), (torch.float16, torch.float32)), ((7, 5), (torch.float16, torch.float32))],
 )
 def test_triton_where_it_knows_device_and_dtype(version, least, capability, monkeypatch):
-    """Beside the engines of attention: merging, rotating, selecting, and the norms of Liger-Kernel."""
+    """Beside the engines of attention: merging, rotating, selecting, and norms."""
     monkeypatch.setattr(triton_runtime, "AVAILABLE", True)
 
     def runs(*dtypes):
