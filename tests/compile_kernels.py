@@ -34,15 +34,15 @@ def eight_bit(codes, bias=None):
 
 
 KERNELS = [
-    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, {**TILE, "ROWS": 128}),
     *(
         (
             _block_shares,
             {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
-            {**TILE, **sizes},
+            {**TILE, "COLUMNS": 8, **sizes},
         )
         for sizes in (
-            {"PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
+            {"ROWS": 128, "PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 1, "MEAN": True},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 4, "MEAN": False},
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.device import capability, uses_triton
 from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LN2, ROWS_AT_A_TIME, on_its_device, tl, triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
@@ -58,8 +58,9 @@ def row_logits(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale:
 
 
 def rows_at_a_time(q: torch.Tensor, dim: int) -> int:
-    """Rows of `dim` numbers that a program takes: the more, the less often keys are read. Every card has room for them."""
-    return 2 * ROWS_AT_A_TIME if q.element_size() * dim <= 256 else ROWS_AT_A_TIME
+    """Rows of `dim` numbers that a program takes: the more there are, the less often keys are read."""
+    narrow = q.is_cuda and capability(q.device) < (8, 0)  # with less shared memory
+    return ROWS_AT_A_TIME if narrow or q.element_size() * dim > 256 else 2 * ROWS_AT_A_TIME
 
 
 @on_its_device
