@@ -97,7 +97,7 @@ class EightBitStore(Store):
         k, k_scales, v, v_scales, spots = (x[rows, tokens] for x in self.buffers)
         return EightBit(k, k_scales, spots, self._bias), EightBit(v, v_scales)
 
-    def room(self) -> tuple[EightBit, EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[EightBit, EightBit]:
         """See `KeyValues`. The buffers."""
         return self._held(ALL_ROWS, ALL_ROWS)
 

@@ -40,15 +40,25 @@ _THREADS = 8
 _LONGEST_HEADER = 100_000_000  # bytes, of the format
 
 
+Parts = list[torch.Tensor] | tuple[torch.Tensor, ...]  # of a tensor, following one another along its tokens
+
+
 class _Tensor(NamedTuple):
     """A tensor that goes into a file; `size` is in bytes."""
 
     name: str
-    tensor: torch.Tensor
+    parts: Parts
 
     @property
     def size(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def shape(self) -> list[int]:
+        shape = list(self.parts[0].shape)
+        tokens = min(1, len(shape) - 1)
+        shape[tokens] = sum(part.shape[tokens] for part in self.parts)
+        return shape
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -71,7 +81,7 @@ def write(cache: Any, folder: Any) -> None:
         file.write(_header(tensors, about, checksums))
         for one in tensors:
             checksum = 0
-            for piece in _pieces(one.tensor):
+            for piece in _pieces(one.parts):
                 content = _bytes(piece.detach().cpu().contiguous())
                 checksum = zlib.crc32(content, checksum)
                 file.write(content)
@@ -86,7 +96,7 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
     length = _whole_length(cache, state)
     writer = _writer(state, length)
     stores: list[Store] = [layer.store for layer in cache.layers]
-    keys, _ = stores[0].segment(0, length)
+    keys = stores[0].parts(length)[0][0]
     if keys.dtype not in _DTYPES:
         raise Unsupported(f"keys of {keys.dtype} cannot be saved: fill the cache in {', '.join(map(str, _DTYPES))}")
     base = writer.model()
@@ -96,10 +106,9 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
             "model is deleted, and not from a pickled cache"
         )
     recall, budgets, record = _record(state.sparse)
-    tensors = [_Tensor(_RECALL, recall), _Tensor(_BUDGETS, budgets)]  # the widest numbers first: they stay aligned
+    tensors = [_Tensor(_RECALL, [recall]), _Tensor(_BUDGETS, [budgets])]  # the widest numbers first: they stay aligned
     for number, store in enumerate(stores):
-        held = store.segment(0, length)
-        tensors += [_Tensor(name, tensor) for name, tensor in zip(_names(number), held, strict=True)]
+        tensors += [_Tensor(*one) for one in zip(_names(number), store.parts(length), strict=True)]
     about = {
         "version": _VERSION,
         "length": length,
@@ -214,8 +223,8 @@ def _header(tensors: list[_Tensor], about: dict[str, Any], checksums: dict[str, 
     start = 0
     for one in tensors:
         stop = start + one.size
-        kind = _DTYPES[one.tensor.dtype]
-        header[one.name] = {"dtype": kind, "shape": list(one.tensor.shape), "data_offsets": [start, stop]}
+        kind = _DTYPES[one.parts[0].dtype]
+        header[one.name] = {"dtype": kind, "shape": one.shape, "data_offsets": [start, stop]}
         start = stop
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
@@ -227,15 +236,16 @@ def _header(tensors: list[_Tensor], about: dict[str, Any], checksums: dict[str, 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read(make: Callable[[int], Any], folder: Any, model: Any, settings: LongContextConfig, capacity: int) -> Any:
-    """Load a cache, which ``make(capacity)`` makes. See `LongContextCache.load`."""
+def read(make: Callable[..., Any], folder: Any, model: Any, settings: LongContextConfig, capacity: int) -> Any:
+    """Load a cache, which ``make(capacity, kv_cache=kind)`` makes. See `LongContextCache.load`."""
     base = base_of(model)
     path = _found(folder)
     try:
         with safe_open(path, framework="pt") as file:
             about = _about(file, path)
             _check(about, base, settings, path)
-            cache = make(max(capacity, about["length"] + STEP))
+            kind = "host" if settings.kv_cache == "host" else "device"
+            cache = make(max(capacity, about["length"] + STEP), kv_cache=kind)
             _fill(cache, file, about, base, path)
             recall, budgets = (_checked(file, name, about, path) for name in (_RECALL, _BUDGETS))
     except (SafetensorError, OSError) as error:
@@ -316,17 +326,16 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
     for number in range(about["layers"]):
         held = [_mapped(file, name, about, path) for name in _names(number)]
         store = _allocated(cache, number, held, device_of(base.layers[number]), path)
-        jobs += list(zip(_names(number), held, store.buffers or (), strict=True))
-    length = about["length"]
+        jobs += list(zip(_names(number), held, store.parts(about["length"]), strict=True))
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
-        found = pool.map(lambda job: _crc_of(job[1], job[2][:, :length]), jobs)
+        found = pool.map(lambda job: _crc_of(job[1], job[2]), jobs)
         for (name, *_), checksum in zip(jobs, found, strict=True):
             _compare(checksum, name, about, path)
     finally:
         pool.shutdown(cancel_futures=True)
     for layer in cache.layers:
-        layer.store.length = length
+        layer.store.length = about["length"]
 
 
 def _allocated(cache: Any, number: int, held: list[torch.Tensor], device: torch.device, path: Path) -> Store:
@@ -372,13 +381,13 @@ def _compare(checksum: str, name: str, about: dict[str, Any], path: Path) -> Non
         )
 
 
-def _crc_of(source: torch.Tensor, target: torch.Tensor | None = None) -> str:
-    """The CRC-32 of a tensor on the host, which is copied to `target` on the way: the file is read once."""
+def _crc_of(source: torch.Tensor, targets: Parts = ()) -> str:
+    """The CRC-32 of a tensor on the host, which is copied to `targets` on the way: the file is read once."""
     checksum = 0
-    copies = iter(()) if target is None else _pieces(target)
-    for piece in _pieces(source):
+    copies = _pieces(targets)
+    for piece in _pieces(source.split([part.shape[1] for part in targets], 1) if targets else (source,)):
         checksum = zlib.crc32(_bytes(piece), checksum)
-        if target is not None:
+        if targets:
             next(copies).copy_(piece)
     return f"{checksum:08x}"
 
@@ -395,15 +404,15 @@ def _plain(settings: LongContextConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=str))
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in its order, piece by piece; each lies in one stretch of memory if a row does."""
-    if tensor.ndim == 1:
-        yield tensor
+def _pieces(parts: Parts) -> Iterator[torch.Tensor]:
+    """A tensor that is given in parts, in its order and piece by piece; each lies in one stretch if a row does."""
+    if not parts or parts[0].ndim == 1:
+        yield from parts
         return
-    width = tensor[0, :1].numel() * tensor.element_size()
-    step = max(1, _PIECE // max(1, width))
-    for row in tensor:
-        yield from row.split(step)
+    step = max(1, _PIECE // max(1, parts[0][0, :1].nbytes))
+    for rows in zip(*parts, strict=True):
+        for row in rows:
+            yield from row.split(step)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -23,8 +23,13 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
-    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
-        """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything."""
+    def room(
+        self, blocks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+        """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything.
+
+        With `blocks`, a list as `ops.decode.decode` takes it, so may whatever is not listed.
+        """
 
     def size(self) -> tuple[int, torch.dtype]:
         """Tokens for which there are keys or room, and the dtype in which keys and values are handed out."""
@@ -43,7 +48,7 @@ class Tensors(NamedTuple):
         """See `KeyValues`."""
         return _part(self.k, start, stop, rows), _part(self.v, start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`."""
         return self.k, self.v
 
@@ -162,7 +167,7 @@ class Store:
 
     def _grow(self, least: int) -> None:
         assert self.buffers is not None
-        room = least + max(_SMALLEST, min(least // 2, STEP))
+        room = room_beyond(least)
         grown = []
         for old in self.buffers:
             try:
@@ -178,7 +183,9 @@ class Store:
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+    def room(
+        self, blocks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """See `KeyValues`. The buffers."""
         assert self.buffers is not None
         return self.buffers[0], self.buffers[1]
@@ -191,12 +198,28 @@ class Store:
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`. Each mean is worked out once."""
         if self._means is None or self._mean_size != size:
-            self._means, self._mean_size = self.segment(0, 0)[0], size
+            self._means, self._mean_size = self._keys(0, 0), size
         known = self._means.shape[1]
         if known < self.length // size:
-            fresh = mean_keys(self.segment(known * size, self.length)[0], size)
+            fresh = mean_keys(self._keys(known * size, self.length), size)
             self._means = torch.cat((self._means, fresh), dim=1)
         return self._means
+
+    def _keys(self, start: int, stop: int) -> torch.Tensor:
+        """Keys number `start` to `stop` of all rows."""
+        return self.segment(start, stop)[0]
+
+    def held(self) -> tuple[torch.Tensor, ...] | None:
+        """Keys and values of all tokens held, as tensors that last; None if there is no memory for any yet."""
+        return None if self.buffers is None else self.segment(0, self.length)
+
+    def parts(self, length: int) -> list[list[torch.Tensor]]:
+        """The first `length` tokens of each buffer where they lie, in parts that follow one another."""
+        return [[x[:, :length]] for x in self.buffers or ()]
+
+    def room_for(self, rows: int) -> int:
+        """Tokens of `rows` rows for which there is memory."""
+        return self.buffers[0].shape[1] if self.buffers is not None and self.buffers[0].shape[0] == rows else 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""
@@ -234,6 +257,11 @@ class Store:
 def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:
     """Means of every `size` keys of (batch, keys, kv_heads, head_dim): (batch, keys // size, kv_heads, head_dim)."""
     return k[:, : k.shape[1] // size * size].unflatten(1, (-1, size)).mean(dim=2)
+
+
+def room_beyond(least: int) -> int:
+    """Tokens to make room for where `least` must find it and do not."""
+    return least + max(_SMALLEST, min(least // 2, STEP))
 
 
 def _part(x: torch.Tensor, start: int, stop: int, rows: slice) -> torch.Tensor:
