@@ -68,7 +68,7 @@ class Plan:
     gpus : int
         Cards among which the layers are dealt out, in order and as evenly as they go.
     memory : Memory
-        Bytes of weights, KV cache, activations and selection on the card that holds most.
+        Bytes of weights, KV cache, activations and selection on the card that holds most, and of the host's memory.
     suggestions : tuple of Suggestion
         Where the run does not fit: changes with which it does, the mildest first.
     """
@@ -96,7 +96,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             ("weights", self.memory.weights),
-            ("KV cache", self.memory.kv_cache),
+            ("KV of two layers" if self.memory.host else "KV cache", self.memory.kv_cache),
             ("activations", self.memory.activations),
             ("selection scratch", self.memory.selection),
             ("total", self.memory.total),
@@ -104,6 +104,8 @@ class Plan:
         title = f"{self.batch} x {self.tokens:,} tokens, {self.dtype}"
         title += f", on the fullest of {self.gpus} cards" if self.gpus > 1 else ""
         lines = [title, *(f"  {name:<18}{size / GIB:>10,.2f} GiB" for name, size in rows)]
+        if self.memory.host:
+            lines.append(f"  {'on the host':<18}{self.memory.host / GIB:>10,.2f} GiB, keys and values of all layers")
         if self.gpu is not None:
             lines.append(f"  {'card':<18}{self.gpu / GIB:>10,.2f} GiB, of which {SPARE / GIB:.2f} are left to CUDA")
             lines.append(self._verdict())
@@ -241,7 +243,7 @@ class _Planner:
         yield from self._more_cards(run)
 
     def _settings(self, run: _Run) -> Iterator[tuple[str, _Run]]:
-        """Settings to try: smaller prefill chunks, dense prefill, and both; then 8 bits."""
+        """Settings to try: smaller prefill chunks, dense prefill, and both; then 8 bits, then the host's memory."""
         settings = LongContextConfig.from_model_config(self.config, **run.settings)
         chunks = _smaller(min(settings.prefill_chunk_size, run.tokens))
         yield from (("smaller prefill chunks", run.but(prefill_chunk_size=size)) for size in chunks)
@@ -254,6 +256,10 @@ class _Planner:
             yield "keys and values in 8 bits", eight_bit
             smaller = "keys and values in 8 bits, smaller prefill chunks"
             yield from ((smaller, eight_bit.but(prefill_chunk_size=size)) for size in chunks)
+            host = run.but(kv_cache="host")
+            yield "keys and values on the host", host
+            smaller = "keys and values on the host, smaller prefill chunks"
+            yield from ((smaller, host.but(prefill_chunk_size=size)) for size in chunks)
 
     def _more_cards(self, run: _Run) -> Iterator[Suggestion]:
         """The fewest cards that hold the run; more of them than layers change nothing."""

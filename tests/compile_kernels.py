@@ -17,6 +17,7 @@ from qwen_longctx.ops.choose import _best_blocks, _mean_logits, _mean_scores
 from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
+from qwen_longctx.ops.fetch import _fetch
 from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.merge import _merge
@@ -146,6 +147,11 @@ KERNELS = [
         for room, blocks in ((8, 256), (64, 64))
     ),
     (_best_blocks, {"scores": "*fp32", "chosen": "*i32"}, {"WIDTH": 4096}),
+    (
+        _fetch,
+        {"places": "*i64", "blocks": "*i32", "target": "*bf16"},
+        {"UNIT": 256, "BLOCK": 64, "HEAD_DIM": 128, "DIM": 128},
+    ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 

@@ -16,7 +16,8 @@ _OPTIONS = {
     "whole_up_to": ("speed", "decode"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline"),
-    "kv_cache": ("decode",),
+    "kv_cache": ("speed", "decode"),
+    "prefill_chunk_size": ("speed",),
 }
 
 
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed and headline: what the linear layers compute in")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="decode: how our cache holds keys and values")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed and decode: how our cache holds keys and values")
+    parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed: tokens of a chunk")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 

@@ -68,7 +68,7 @@ class LongContextLayer(DynamicLayer):
         self._adopt(1, value)
 
     def _view(self, which: int) -> torch.Tensor | None:
-        held = self.store.held()
+        held = self.store.whole()
         return None if held is None else held[which].transpose(1, 2)
 
     def _adopt(self, which: int, value: torch.Tensor | None) -> None:

@@ -25,6 +25,7 @@ from qwen_longctx.ops.fetch import Stretches, fetch, places_of
 
 logger = logging.getLogger(__name__)
 
+STAGED = 2  # layers of a device that are there at once
 UNIT = 256  # tokens; every piece of host memory holds a multiple of it
 _PIECE = STEP  # tokens of a piece at most
 _WORKERS = 2  # threads that take host memory ahead of its use
@@ -212,8 +213,8 @@ class HostStore(Store):
             return self.segment(start, stop)[0]
         return self._on_device().keys(self, start, stop)
 
-    def held(self) -> tuple[torch.Tensor, ...] | None:
-        """See `Store.held`. On the host; copies if there are several pieces."""
+    def whole(self) -> tuple[torch.Tensor, ...] | None:
+        """See `Store.whole`. On the host; copies if there are several pieces."""
         if self.buffers is None:
             return None
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in self.parts(self.length))
@@ -396,7 +397,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._slots = (_Slot(), _Slot())
+        self._slots = tuple(_Slot() for _ in range(STAGED))
         self._last = 1
         self._stores: list[weakref.ref[HostStore]] = []  # a cycle would keep the memory of a cache that is gone
 
@@ -458,7 +459,7 @@ class Lane:
 
     def room_for(self, rows: int) -> int:
         """Tokens of `rows` rows for which all slots that are needed have room."""
-        needed = self._slots[: 2 if len(self._stores) > 1 else 1]
+        needed = self._slots[: len(self._stores)]
         rooms = (slot.buffers[0].shape if slot.buffers else (rows, 0) for slot in needed)
         return min(room if batch == rows else 0 for batch, room, *_ in rooms)
 

@@ -23,9 +23,7 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
-    def room(
-        self, blocks: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything.
 
         With `blocks`, a list as `ops.decode.decode` takes it, so may whatever is not listed.
@@ -183,9 +181,7 @@ class Store:
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
 
-    def room(
-        self, blocks: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """See `KeyValues`. The buffers."""
         assert self.buffers is not None
         return self.buffers[0], self.buffers[1]
@@ -209,7 +205,7 @@ class Store:
         """Keys number `start` to `stop` of all rows."""
         return self.segment(start, stop)[0]
 
-    def held(self) -> tuple[torch.Tensor, ...] | None:
+    def whole(self) -> tuple[torch.Tensor, ...] | None:
         """Keys and values of all tokens held, as tensors that last; None if there is no memory for any yet."""
         return None if self.buffers is None else self.segment(0, self.length)
 

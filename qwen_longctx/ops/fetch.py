@@ -33,7 +33,7 @@ def fetch(sources: Stretches, places: torch.Tensor, unit: int, blocks: torch.Ten
     if uses_triton(target):
         return fetch_triton(places, unit, blocks, target)
     for start, source in sources:
-        stop = min(start + source.shape[1], target.shape[1])
+        stop = max(start, min(start + source.shape[1], target.shape[1]))
         block = torch.arange(start, stop, device=blocks.device) // BLOCK
         listed = (blocks[:, :, None] == block[:, None]).any(-1).transpose(1, 2)[..., None]  # (batch, tokens, kv_heads)
         part = target[:, start:stop]
@@ -92,7 +92,7 @@ def _fetch(  # type: ignore[no-untyped-def]
     dim = tl.arange(0, DIM)
     inside = (token < tokens)[:, None] & (dim < HEAD_DIM)[None, :]
     address = tl.load(places + batch * units + first // UNIT, mask=first < tokens, other=0)
-    source = tl.multiple_of(address, 16).to(tl.pointer_type(target.dtype.element_ty))
+    source = tl.multiple_of(address.to(tl.pointer_type(target.dtype.element_ty)), 16)  # read 16 bytes at a time
     spots = (token - first // UNIT * UNIT)[:, None] * (kv_heads * HEAD_DIM) + head * HEAD_DIM + dim[None, :]
     x = tl.load(source + spots, mask=inside, other=0)
     spots = batch * batch_stride + token[:, None].to(tl.int64) * token_stride + head * head_stride + dim[None, :]

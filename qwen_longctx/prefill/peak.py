@@ -23,6 +23,7 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Span, spans
 from qwen_longctx.kv.eight_bit import AT_A_TIME
 from qwen_longctx.ops import eight_bit
+from qwen_longctx.ops.choose import MEAN
 from qwen_longctx.ops.merge import MOST_FUSED, TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.request import pays
 from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK, POOLED_ROWS
@@ -159,10 +160,12 @@ class Prefill:
 
     def _means(self) -> int:
         """Bytes of the means of keys of all layers."""
-        if self.rule != "block_scores":
+        sizes = [self.settings.tile // MEANS_A_BLOCK] if self.rule == "block_scores" else []
+        sizes += [] if self.settings.sparse_decode is None else [MEAN]
+        if not sizes:
             return 0
         keys = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
-        return keys * self.tokens * self.batch * MEANS_A_BLOCK // self.settings.tile
+        return keys * self.tokens * self.batch // min(sizes)
 
     def _bytes(self, numbers: int, tables: int, others: int = 0, selection: int = 0) -> Peak:
         return Peak((numbers + tables) * self.dtype.itemsize + others, selection)
