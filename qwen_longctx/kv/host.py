@@ -60,9 +60,10 @@ def new_piece(start: int, tokens: int, kinds: Kinds, device: torch.device) -> Pi
     """Memory for `tokens` tokens of keys and values that are used on `device`."""
     shapes = [torch.Size((shape[0], tokens, *shape[2:])) for shape, _ in kinds]
     sizes = [shape.numel() * dtype.itemsize for shape, (_, dtype) in zip(shapes, kinds, strict=True)]
-    pages = Pages(sum(sizes), device)
-    parts = zip(pages.memory.split(sizes), shapes, kinds, strict=True)
-    return Piece(start, tuple(part.view(dtype).view(shape) for part, shape, (_, dtype) in parts), pages)
+    with torch.inference_mode(False):  # else they could not be written to outside of it
+        pages = Pages(sum(sizes), device)
+        parts = zip(pages.memory.split(sizes), shapes, kinds, strict=True)
+        return Piece(start, tuple(part.view(dtype).view(shape) for part, shape, (_, dtype) in parts), pages)
 
 
 class HostStore(Store):
