@@ -72,7 +72,7 @@ def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -
     padded = any(other != row for other in run.call.rows) or (row.first, row.last) != (0, run.call.end)
     need = need_of(base, run.cache, run.call.end, len(run.call.rows), padded=padded)
     settings = run.settings if cut else replace(run.settings, prefill_chunk_size=run.tokens)
-    settings = with_kind_of(run.cache, settings)
+    settings = replace(with_kind_of(run.cache, settings), cuda_graphs=False)  # which generate alone captures
     check_room(base, need._replace(outputs=beside, at_the_end=at_the_end), settings)
 
 

@@ -22,10 +22,13 @@ from qwen_longctx.ops import (
     columns,
     compact,
     decode,
+    eight_bit,
     keep,
+    means,
     merge,
     rotate,
     row_lse,
+    thin,
     triton_runtime,
 )
 
@@ -45,6 +48,10 @@ OPERATIONS = (
     (columns, "columns_triton", ("_columns",), columns.columns),
     (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
+    (eight_bit, "write_triton", ("_write",), eight_bit.write),
+    (means, "write_mean_triton", ("_write_mean",), means.write_mean),
+    (thin, "linear_triton", ("_thin",), thin.linear),
+    (thin, "silu_mul_triton", (), thin.silu_mul),
 )
 Variant = tuple[str, str]
 
@@ -123,5 +130,6 @@ def recorded() -> Iterator[list[Variant]]:
                 stand_in = _Launcher(getattr(module, kernel), variants)
                 stack.enter_context(mock.patch.object(module, kernel, stand_in))
             stack.enter_context(mock.patch.object(module, launcher, noted(getattr(module, launcher), twin)))
+        stack.enter_context(mock.patch.object(thin, "capability", lambda device: (9, 0)))
         stack.enter_context(mock.patch.object(decode, "older_than", lambda device, needed: ""))
         yield variants

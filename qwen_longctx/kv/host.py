@@ -205,8 +205,8 @@ class HostStore(Store):
         return self._room, self.buffers[0].dtype
 
     @property
-    def room_on_device(self) -> int:
-        """Tokens for which buffers on the device must have room."""
+    def tokens_of_room(self) -> int:
+        """See `Store.tokens_of_room`: of buffers on the device."""
         return self._room
 
     def _keys(self, start: int, stop: int) -> torch.Tensor:
@@ -257,7 +257,7 @@ class HostStore(Store):
             self._pieces, self._places = pieces, None
             self._coming.clear()
         if self._means is not None:
-            self._means = self._means.index_select(0, rows.to(self._means.device))
+            self._means.buffer = self._means.buffer.index_select(0, rows.to(self._device))
 
     def _copy_rows(self, pieces: list[Piece], rows: torch.Tensor) -> None:
         """Copy rows to `pieces`, which may be those that are there."""
@@ -428,7 +428,7 @@ class Lane:
         following = self._after(store)
         if following is not None:
             other = self._slots[1 - self._last]
-            self._give(other, following, max(store.room_on_device, following.room_on_device))
+            self._give(other, following, max(store.tokens_of_room, following.tokens_of_room))
             self._load(other, following)
         return self._views(slot, store)
 
@@ -474,7 +474,7 @@ class Lane:
         mine = [number for number, slot in enumerate(self._slots) if slot.is_of(store)]
         self._last = mine[0] if mine else 1 - self._last
         slot = self._slots[self._last]
-        self._give(slot, store, store.room_on_device)
+        self._give(slot, store, store.tokens_of_room)
         return slot
 
     def _give(self, slot: _Slot, store: HostStore, room: int) -> None:
@@ -515,7 +515,7 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
 
     def _views(self, slot: _Slot, store: HostStore) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (buffer[:, : store.room_on_device] for buffer in slot.buffers)
+        k, v = (buffer[:, : store.tokens_of_room] for buffer in slot.buffers)
         return k, v
 
 

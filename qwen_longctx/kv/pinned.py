@@ -71,7 +71,7 @@ def _register(memory: torch.Tensor, device: torch.device) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE)) == 0:
             return True
     with suppress(RuntimeError):  # the next launch reports what failed here, and clears it
-        torch.zeros(1, device=device)
+        torch.ones(1, device=device).neg_()
     return False
 
 
