@@ -12,6 +12,7 @@ import pickle
 import random
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from qwen_longctx.attention import choice
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import DoesNotFit, Unsupported
-from qwen_longctx.geometry.layout import Origin
+from qwen_longctx.geometry.layout import Call, Origin
 from qwen_longctx.kv import hf_cache, host, pinned
 from qwen_longctx.kv.hf_cache import LongContextLayer
 from qwen_longctx.kv.host import HostStore, Lane, Staging
@@ -32,7 +33,7 @@ from qwen_longctx.kv.sequence import ModelRef, transaction
 from qwen_longctx.kv.store import Store, mean_keys
 from qwen_longctx.ops.decode import BLOCK
 from qwen_longctx.ops.fetch import fetch, fetch_triton, places_of
-from qwen_longctx.patches import room
+from qwen_longctx.patches import graphs, room
 from qwen_longctx.patches.method import cache_argument
 from qwen_longctx.prefill import memory as estimates
 from qwen_longctx.prefill.memory import Need
@@ -350,6 +351,35 @@ def test_on_the_cpu_it_is_a_plain_cache(monkeypatch):
         assert torch.equal(out.sequences, model.generate(prompt(90), **GREEDY))
     assert {type(one.store) for one in out.past_key_values.layers} == {Store}
     assert out.past_key_values.kv_cache == "host"
+
+
+@torch.no_grad()
+def test_its_tokens_are_not_captured():
+    model, found = patch_qwen(tiny_model().requires_grad_(False)), {}
+    for kind in ("device", "host"):
+        cache = LongContextCache(100, kv_cache=kind)
+        model(prompt(60), **cache_argument(cache))
+        run = SimpleNamespace(cache=cache, call=Call.whole(1, 1, 60), device=torch.device("cpu"))
+        found[kind] = graphs._has_room(run, torch.float32)
+    assert found == {"device": True, "host": False}
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_layers_on_two_devices(monkeypatch):
+    monkeypatch.undo()
+    accelerate = pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    layers = {f"model.layers.{number}": number // 3 for number in range(6)}
+    ends = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    model = accelerate.dispatch_model(tiny_model(num_hidden_layers=6), {**layers, **ends}, main_device=0)
+    patch_qwen(model, prefill_chunk_size=40)
+    ids, found = prompt(210, 1, "cuda:0"), []
+    for kind in ("host", "device"):
+        cache = LongContextCache(220, kv_cache=kind)
+        found.append(logits(model, ids, [100, 101, 103, 200, *range(201, 210)], None, cache))
+    assert torch.equal(*found)
 
 
 def test_an_unpatched_model_may_fill_it():

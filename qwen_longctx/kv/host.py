@@ -404,7 +404,7 @@ class Lane:
 
     def join(self, store: HostStore) -> None:
         """Let a layer pass here, behind those that have joined."""
-        self._stores = [one for one in self._stores if one() is not None]
+        self._stores = [one for one in self._stores if one() not in (None, store)]
         self._stores.append(weakref.ref(store))
 
     def put(self, store: HostStore, new: tuple[torch.Tensor, ...]) -> None:
