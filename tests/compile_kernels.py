@@ -23,6 +23,7 @@ from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
+from qwen_longctx.ops.read_out import _read_out
 from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 from qwen_longctx.ops.thin import _thin
@@ -114,6 +115,20 @@ KERNELS = [
             ("fp32", 256, 256, 16, 16, {}, 16),
             ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 16),
         )
+    ),
+    *(
+        (
+            _read_out,
+            {
+                **{"codes": f"*{codes}", "scales": "*fp32", "out": f"*{dtype}", "spots": "*i32", "scaling": "fp32"},
+                **({"bias": "*fp32", "frequencies": "*fp64"} if biased else {}),
+            },
+            {
+                **{"HALF": half, "DIM": 64, "ROWS": 32},
+                **({} if biased else dict.fromkeys(("spots", "bias", "frequencies"))),
+            },
+        )
+        for codes, dtype, half, biased in (("i8", "bf16", 64, True), ("u8", "fp16", 40, False))
     ),
     (
         _join,

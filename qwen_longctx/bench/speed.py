@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
 from qwen_longctx.bench.breakdown import Breakdown
-from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.shapes import NAMES, random_model
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.errors import InvalidValue
 
@@ -31,6 +31,7 @@ def measure(
     dense_layers: int = 0,
     whole_up_to: int = 131072,
     linear: str = "auto",
+    shape: str = NAMES[0],
     kv_cache: str = "device",
     prefill_chunk_size: int | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -55,6 +56,8 @@ def measure(
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     linear : {"auto", "fp8"}
         The setting of that name, of sparse and of dense runs.
+    shape : str
+        Of the model, see ``bench.shapes.NAMES``.
     kv_cache : {"device", "fp8", "int8", "host"}
         How our cache holds keys and values. Of kinds other than "device" the sparse run alone is measured.
     prefill_chunk_size : int, optional
@@ -66,7 +69,7 @@ def measure(
         A length is below `SHORTEST`.
     """
     check_lengths("speed", lengths)
-    model = random_model(device, tiny)
+    model = random_model(device, tiny, shape=shape)
     for length in lengths:
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         given: dict[str, Any] = {"linear": linear, "kv_cache": kv_cache}
@@ -74,14 +77,16 @@ def measure(
         dense, sparse = {**DENSE, **given}, {**sparse_settings(length, density), **given}
         row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], **given}
         others = [dense, *([None] if length <= whole_up_to else [])] if kv_cache == "device" else []
-        _warm_up(ids, [sparse, *others], device, tiny)
+        _warm_up(ids, [sparse, *others], device, tiny, shape)
         row.update(_sparse(model, ids, sparse, device))
         row["selection_share"] = row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"]
         if not others:
             yield _rounded(row)
             continue
         if dense_layers and length > whole_up_to:
-            row["dense_seconds"] = _projected(ids, dense, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_seconds"] = _projected(
+                ids, dense, device, tiny, shape, dense_layers, model.config.num_hidden_layers
+            )
             row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
         else:
             row["dense_seconds"], row["dense_is"] = _first_token(model, ids, dense, device)[0], "run whole"
@@ -134,9 +139,11 @@ def _sparse(
     return row
 
 
-def _warm_up(ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool) -> None:
+def _warm_up(
+    ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool, shape: str
+) -> None:
     """Every run of a length on one layer: kernels are compiled, and cuDNN plans, once a process for every shape."""
-    model = random_model(device, tiny, layers=1)
+    model = random_model(device, tiny, layers=1, shape=shape)
     for overrides in runs:
         _first_token(model, ids, overrides, device)
     if device.type == "cuda":
@@ -163,7 +170,7 @@ def _first_token(
 
 
 def _projected(
-    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, layers: int, of: int
+    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, shape: str, layers: int, of: int
 ) -> float:
     """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
 
@@ -171,7 +178,7 @@ def _projected(
     """
     times = []
     for count in (layers, 2 * layers):
-        model = random_model(device, tiny, layers=count)
+        model = random_model(device, tiny, layers=count, shape=shape)
         times.append(_first_token(model, ids, dense, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers

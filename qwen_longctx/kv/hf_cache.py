@@ -164,12 +164,16 @@ class LongContextCache(DynamicCache):
         at most 16,384 tokens.
     observer : sparsity.observer.Observer, optional
         Is told of the stages and spans of a prefill, for measurements.
-    kv_cache : {"device", "fp8", "int8", "host"}
+    kv_cache : {"device", "auto", "fp8", "int8", "host"}
         How keys and values are held: as they are, in 8 bits, or in the memory of the host, from where they come up to
-        the device a layer at a time. `keys` and `values` of layers are then on the host.
+        the device a layer at a time; `keys` and `values` of layers are then on the host. "auto" is decided by the first
+        call of a patched model that fills the cache, see ``docs/memory.md``, and is "device" where nothing is known of
+        the memory.
 
     Attributes
     ----------
+    kv_cache : str
+        As above; "auto" only until the kind is decided.
     qwen_longctx : Sequence
         What is known of the sequence beside its keys and values.
 
@@ -181,14 +185,20 @@ class LongContextCache(DynamicCache):
 
     def __init__(self, capacity: int = 0, observer: Any = None, kv_cache: str = "device") -> None:
         _check_capacity(capacity)
-        if not isinstance(kv_cache, str) or kv_cache not in KV_CACHES:
-            raise InvalidValue(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
-        staging = Staging() if kv_cache == "host" else None
-        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache, staging))
+        if not isinstance(kv_cache, str) or kv_cache not in ("auto", *KV_CACHES):
+            raise InvalidValue(f"kv_cache must be one of auto, {', '.join(KV_CACHES)}, got {kv_cache!r}")
+        self._staging = Staging()
+        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache, self._staging))
         self.kv_cache = kv_cache
         self.capacity = capacity
         self.qwen_longctx = Sequence()
         self.observer = observer
+
+    def settle(self, kind: str) -> None:
+        """Decide the kind of a cache of kind "auto"; of others nothing changes."""
+        if self.kv_cache == "auto":
+            self.layer_class_to_replicate = partial(LongContextLayer, self.capacity, kind, self._staging)
+            self.kv_cache = kind
 
     @property
     def sparse_state(self) -> Any:
@@ -208,6 +218,7 @@ class LongContextCache(DynamicCache):
         PatchConflict
             The cache holds keys of a patched model.
         """
+        self.settle("device")
         if layer_idx == 0 and self.get_seq_length() == 0:
             forget(self)
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
@@ -222,6 +233,7 @@ class LongContextCache(DynamicCache):
         turning: Turning | None = None,
     ) -> Store:
         """Append to one layer in the layout of its store, as the patched attention does; see `EightBitStore.append`."""
+        self.settle("device")
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer].append(k, v, bias, turning)
@@ -266,17 +278,15 @@ class LongContextCache(DynamicCache):
         """
         if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
             raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
-        if self.kv_cache in eight_bit.KINDS:
-            raise Unsupported(
-                f'a cache of kind "{self.kv_cache}" cannot be saved: prefill the prefix with kv_cache="device"'
-            )
         saved.write(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, capacity: int = 0) -> LongContextCache:
-        """A new cache that holds the prefix saved in a folder, on the host if the settings of the model say so.
+        """A new cache that holds the prefix saved in a folder, of the kind (`kv_cache`) that was saved.
 
-        Keys and values are copied once, from the mapped file to where they are held, and checked on the way.
+        Keys and values, or their 8 bits, are copied once, from the mapped file to where they are held, and checked on
+        the way. Keys and values as they are lie on the host if the setting `kv_cache` of the model says "host", and
+        else on the devices, wherever they were saved from.
 
         Parameters
         ----------

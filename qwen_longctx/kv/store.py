@@ -82,6 +82,13 @@ class _Means:
     known: int = 0
 
 
+class Form(NamedTuple):
+    """Dtype and shape of what a buffer holds for one token of one row."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Store:
     """Keys and values in two buffers of shape (batch, room, kv_heads, head_dim), taken once where the length is known.
 
@@ -270,6 +277,10 @@ class Store:
     def whole(self) -> tuple[torch.Tensor, ...] | None:
         """Keys and values of all tokens held, as tensors that last; None if there is no memory for any yet."""
         return None if self.buffers is None else self.segment(0, self.length)
+
+    def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
+        """What the buffers hold for each token, by name, where keys and values are handed out in `dtype`."""
+        return dict.fromkeys(("keys", "values"), Form(dtype, (kv_heads, head_dim)))
 
     def parts(self, length: int) -> list[list[torch.Tensor]]:
         """The first `length` tokens of each buffer where they lie, in parts that follow one another."""
