@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from qwen_longctx.checkpoint import Shape, local_shape
 from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.kv.host import HostStore
 from qwen_longctx.kv.sequence import held_tokens, sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.prefill import memory
@@ -62,8 +63,10 @@ def check_room(
     if all(rule_name(settings, device, need.dtype, shape.head_dim) is None for device in known):
         settings = replace(settings, sparse="off")  # "auto" gives way where no fast kernel takes block lists
     devices = [Device(str(device), layers[device], free) for device, free in known.items()]
+    on_host = replace(shape, layers=sum(layers[device] for device in known))
     if settings.kv_cache != "auto":
         memory.check_fits(shape, devices, need, settings)
+        memory.check_host_fits(on_host, need, settings)
         return
 
     def left(kind: str) -> list[Device]:
@@ -71,8 +74,14 @@ def check_room(
         return [one._replace(free=one.free - taken[torch.device(one.name)]) for one in devices]
 
     tried = [Tried(replace(settings, kv_cache=kind), left(kind)) for kind in AUTO_KV_CACHES]
-    chosen = next((one for one in tried if memory.fits(shape, one.devices, need, one.settings)), tried[-1])
+
+    def lacks(one: Tried) -> int:
+        size, device = memory.fullest(shape, one.devices, need, one.settings)
+        return size - device.free
+
+    chosen = next((one for one in tried if lacks(one) <= 0), min(tried, key=lacks))
     memory.check_fits(shape, devices, need, chosen.settings)
+    memory.check_host_fits(on_host, need, chosen.settings)
     cache.settle(chosen.settings.kv_cache)
     _tell(shape, need, tried[0], chosen)
 
@@ -164,17 +173,19 @@ def with_kind_of(cache: Any, settings: LongContextConfig) -> LongContextConfig:
 
 def need_of(base: Any, cache: Any, tokens: int, rows: int, *, padded: bool, beams: bool = False) -> Need:
     """What a run of `rows` rows up to `tokens` tokens needs beside what its cache, if there is one, holds already."""
-    held, room, copied = held_tokens(cache), 0, 0.0
+    held, room, host_room, copied = held_tokens(cache), 0, 0, 0.0
     if isinstance(cache, LongContextCache):
-        buffers = [layer.store.buffers for layer in cache.layers]
-        taken = [0 if both is None or both[0].shape[0] != rows else both[0].shape[1] for both in buffers]
-        room = min(taken, default=0)
+        stores = [layer.store for layer in cache.layers]
+        room = min((store.room_for(rows) for store in stores), default=0)
+        if any(isinstance(store, HostStore) for store in stores):
+            staged = [store.staged_for(rows) for store in stores if isinstance(store, HostStore)]
+            room, host_room = min(staged), room
         copied = _GROWN if held and tokens > room else 0.0
     elif type(cache) is DynamicCache and not getattr(cache, "offloading", False):
         room, copied = held, _JOINED
     elif cache is not None:
         room = tokens  # a cache of another kind lies elsewhere, or takes less
-    return Need(tokens, rows, base.dtype, held, room, padded=padded, copied=_REORDERED if beams else copied)
+    return Need(tokens, rows, base.dtype, held, room, host_room, padded=padded, copied=_REORDERED if beams else copied)
 
 
 def _layers_of(base: Any) -> Counter[torch.device]:

@@ -18,6 +18,7 @@ from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
 from qwen_longctx.ops.eight_bit import _write
+from qwen_longctx.ops.fetch import _fetch
 from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.means import _write_mean
@@ -226,6 +227,11 @@ KERNELS = [
         )
         for dtype, scales, none in (("bf16", (), SCALES), ("fp8e4nv", SCALES, ()))
         for gated in (False, True)
+    ),
+    (
+        _fetch,
+        {"places": "*i64", "blocks": "*i32", "target": "*bf16"},
+        {"UNIT": 256, "BLOCK": 64, "HEAD_DIM": 128, "DIM": 128},
     ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]

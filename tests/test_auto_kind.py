@@ -114,7 +114,7 @@ def test_the_tightest_device_decides(monkeypatch, model):
     for left, kind in (((half["device"], half["device"]), "device"), ((1 << 40, half["int8"]), "int8")):
         monkeypatch.setattr(rooms, "free_bytes", lambda device, left=left: left[device.index])
         assert generated(model, prompt(1100)) == kind
-    monkeypatch.setattr(rooms, "free_bytes", lambda device: half["int8"] - (device == two))
+    monkeypatch.setattr(rooms, "free_bytes", lambda device: half["int8"] - 1 if device == two else 1 << 40)
     with pytest.raises(DoesNotFit, match="on cuda:1"):
         generated(model, prompt(1100))
 

@@ -148,7 +148,7 @@ class EightBitStore(Store):
         spots = Form(torch.int32, ())
         return {"keys": codes, "key_scales": scales, "values": codes, "value_scales": scales, "spots": spots}
 
-    def room(self) -> tuple[EightBit, EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[EightBit, EightBit]:
         """See `KeyValues`. The buffers."""
         return self._held(ALL_ROWS, ALL_ROWS)
 
