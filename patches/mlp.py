@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.ops import fp8, norm
-from qwen_longctx.patches.linear import rows_for, takes_rows
+from qwen_longctx.ops import fp8, norm, thin
+from qwen_longctx.patches.linear import rows_for, takes_rows, thin_weights
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size
@@ -17,6 +17,8 @@ _DEFAULT = LongContextConfig.mlp_chunk_size
 def mlp_forward(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Tensor:
     """The stock MLP on `mlp_chunk_size` tokens at a time; `x` of shape (..., tokens, hidden)."""
     size = patched.overrides.get("mlp_chunk_size", _DEFAULT)
+    if (few := _few_rows(self, x)) is not None:
+        return few
     if x.shape[-2] <= size and not _in_8_bits(self) or _needs_gradients(self, x):
         return patched.stock(self, x)
     if x.shape[-2] <= size:
@@ -29,6 +31,14 @@ def mlp_forward(patched: PatchedMethod, self: Any, x: torch.Tensor) -> torch.Ten
         out[..., start : start + size, :] = part
     assert out is not None
     return out
+
+
+def _few_rows(self: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The MLP of a decoded token, where it runs in two launches."""
+    if self.config.hidden_act != "silu" or self.act_fn._forward_hooks or self.act_fn._forward_pre_hooks:
+        return None
+    held = thin_weights(x, self.gate_proj, self.up_proj, self.down_proj)
+    return None if held is None else thin.linear(thin.silu_mul(x, *held[:2]), held[2])[0]
 
 
 def _needs_gradients(module: torch.nn.Module, x: torch.Tensor) -> bool:

@@ -150,7 +150,8 @@ def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -
     need = need_of(base, run.cache, run.call.end, len(run.call.rows), padded=padded)
     need = need._replace(outputs=beside, at_the_end=at_the_end, own=run.new_cache, whole=whole)
     settings = run.settings if cut else replace(run.settings, prefill_chunk_size=run.tokens)
-    settings = with_kind_of(run.cache, settings)
+    # which generate alone captures
+    settings = replace(with_kind_of(run.cache, settings), cuda_graphs=False)
     check_room(base, need, settings, run.cache)
 
 

@@ -200,10 +200,13 @@ def test_the_fullest_device_is_named(config, settings):
     memory.check_fits(Shape.of(config), devices[:2], Need(1_000_000, 1, BF16), settings)
 
 
+SETTINGS = {"chunk_size": 256, "local_size": 64, "prefill_chunk_size": 512, "sparse": "off", "cuda_graphs": False}
+
+
 @pytest.fixture
 def model():
     """A patched model, and how often its first layer ran."""
-    model = patch_qwen(tiny_model("qwen2"), chunk_size=256, local_size=64, prefill_chunk_size=512, sparse="off")
+    model = patch_qwen(tiny_model("qwen2"), **SETTINGS)
     model.ran = []
     model.model.layers[0].register_forward_pre_hook(lambda *args: model.ran.append(1))
     return model
@@ -218,9 +221,7 @@ A_TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of cache: keys and values of two layers, tw
 
 
 def peak_of(model, tokens, batch=1, **more):
-    settings = LongContextConfig.from_model_config(
-        model.config, chunk_size=256, local_size=64, prefill_chunk_size=512, sparse="off"
-    )
+    settings = LongContextConfig.from_model_config(model.config, **SETTINGS)
     return Prefill(Shape.of(model.config), tokens, batch, torch.float32, settings, **more).peak().total
 
 
@@ -231,7 +232,7 @@ def holds(monkeypatch, model, needed, call):
     with pytest.raises(DoesNotFit, match="tokens would fit"), torch.no_grad():
         call()
     assert not model.ran
-    monkeypatch.setattr(memory, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed + 1100 * 97 * 4)
     with torch.no_grad():
         call()
     assert model.ran
@@ -359,6 +360,29 @@ def test_a_prompt_that_is_not_cut_needs_more(monkeypatch, model):
         model(ids)
         with pytest.raises(DoesNotFit):
             model(ids.repeat(1, 2), output_hidden_states=True)
+
+
+def test_a_captured_token_counts_where_activations_are_smaller(monkeypatch, model, config, settings):
+    """In generate, which captures, and not in a call of the model; beside a long prompt of a large one not at all."""
+    ids, needed = prompt(1100), 1103 * A_TOKEN + peak_of(model, 1103)
+    activations = peak_of(model, 1103) - peak._WORKSPACE - 16 * 1103
+    patch_qwen(model, **{**SETTINGS, "cuda_graphs": True})
+    holds(monkeypatch, model, needed - activations + peak.GRAPH, lambda: generate(model, ids))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed + 1100 * 97 * 4)
+    with torch.no_grad():
+        model(ids)
+    without = replace(settings, cuda_graphs=False)
+    assert memory.estimate(config, 32768, 1, BF16, settings) == memory.estimate(config, 32768, 1, BF16, without)
+
+
+def test_means_of_sparse_decode(config, settings):
+    """One for 32 keys of all layers, also where prefill has none; none where all keys are kept."""
+    found = [
+        Prefill(Shape.of(config), 1_000_000, 1, BF16, replace(settings, sparse_decode=share)).peak()
+        for share in (None, 0.05, 1.0)
+    ]
+    assert found[0] == found[2] and found[1].activations == found[0].activations
+    assert found[1].selection - found[0].selection == 28 * 4 * 128 * 2 * (1_000_000 // 32)
 
 
 def test_generate_asks_once(monkeypatch, model):

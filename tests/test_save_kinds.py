@@ -33,7 +33,7 @@ def biased(family="qwen2", dtype=torch.float32, **config):
 def bits(cache):
     """All that the stores of a cache hold, as bytes."""
     biases = [x for layer in cache.layers for x in (layer.store.bias or ())[:-1]]
-    held = [x for layer in cache.layers for x in layer.store.held()] + biases
+    held = [x for layer in cache.layers for x in layer.store.filled()] + biases
     return [x.contiguous().view(torch.uint8).numpy().tobytes() for x in held]
 
 

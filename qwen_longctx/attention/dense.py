@@ -51,7 +51,7 @@ def attend(
         Shape and dtype of `q`; zero at padding.
     """
     if layout.reach is not None:
-        blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale)
+        blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale, slot=layout.slot)
         return decode(q, *kv.room(), layout.reach, scale=scale, blocks=blocks)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)

@@ -13,8 +13,9 @@ import torch
 
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.store import ALL_ROWS, Form, Store
-from qwen_longctx.ops.eight_bit import CODES, EightBit, KeyBias, quantise
-from qwen_longctx.ops.read_out import AT_A_TIME, read_out
+from qwen_longctx.ops import eight_bit
+from qwen_longctx.ops.eight_bit import CODES, EightBit, KeyBias
+from qwen_longctx.ops.read_out import read_out
 
 _SIZES = 8  # between a length and its double, to which what is read out is rounded up
 
@@ -90,15 +91,25 @@ class EightBitStore(Store):
             if bias is not None and turning is not None:
                 vector, inv_freq = (x.detach().to(k.device) for x in (bias, turning.inv_freq))
                 self.bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
-        spots = k.new_zeros(k.shape[:2], dtype=torch.int32)
-        if turning is not None:
-            spots += turning.spots.to(spots.device)
-        parts = [self._encoded(*three) for three in zip(*(x.split(AT_A_TIME, 1) for x in (k, v, spots)), strict=True)]
-        self._write(*(torch.cat(some, 1) for some in zip(*parts, strict=True)))
+        spots = k.new_zeros((1, k.shape[1]), dtype=torch.int32) if turning is None else turning.spots.to(k.device)
+        eight_bit.write(self._room_for(*self._like(k)), k, v, spots, self.bias, start=self.length)
+        self.length += k.shape[1]
 
-    def _encoded(self, k: torch.Tensor, v: torch.Tensor, spots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        free = k.float() if self.bias is None else k.float() - self.bias.at(spots)
-        return *quantise(free, self.kind), *quantise(v, self.kind), spots
+    def _like(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tensors of the shapes and dtypes of what is held for keys such as `k`."""
+        batch, tokens, kv_heads, head_dim = k.shape
+        forms = self.forms(kv_heads, head_dim, k.dtype).values()
+        return tuple(k.new_empty(1, dtype=one.dtype).expand(batch, tokens, *one.shape) for one in forms)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
+        """See `Store.write`; quantised on the way."""
+        assert self.buffers is not None
+        eight_bit.write(self.buffers, k, v, spots, self.bias, slot=slot)
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """See `Store.held`; with the bias."""
+        bias = () if self.bias is None else self.bias[:3]
+        return (*super().held(), *bias)
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. New tensors, of the dtype of the first keys."""
@@ -135,7 +146,8 @@ class EightBitStore(Store):
 
     def size(self) -> tuple[int, torch.dtype]:
         """See `KeyValues`."""
-        return self.length, self.dtype
+        assert self.buffers is not None
+        return self.buffers[0].shape[1], self.dtype
 
     def adopt(self, which: int, taken: torch.Tensor | None) -> None:
         """Refuse tensors of others: quantised keys and values are none that could be exchanged."""

@@ -384,10 +384,12 @@ def append(
     return _append(cache, k, v, layer, cache_position, bias, turning)
 
 
-def write(cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor) -> Store:
+def write(
+    cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor, spots: torch.Tensor
+) -> Store:
     """Put a token of every row into one layer where the device says, see `Store.write`."""
     store = cache.layers[layer].store
-    store.write(k, v, slot)
+    store.write(k, v, slot, spots)
     return store
 
 

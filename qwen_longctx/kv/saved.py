@@ -107,14 +107,17 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
     biases = [getattr(store, "bias", None) for store in stores]
     for number, (store, bias) in enumerate(zip(stores, biases, strict=True)):
         names = store.forms(shape.kv_heads, shape.head_dim, dtype)
-        parts = [*zip(names, store.held(), strict=True), *([] if bias is None else zip(_BIAS, bias[:-1], strict=True))]
+        parts = [
+            *zip(names, store.filled(), strict=True),
+            *([] if bias is None else zip(_BIAS, bias[:-1], strict=True)),
+        ]
         tensors += [_Tensor(_name(number, part), tensor) for part, tensor in parts]
     tensors.sort(key=lambda one: -one.tensor.element_size())  # the widest numbers first: they stay aligned
     about = {
         "version": _VERSION,
         "length": length,
         "kv_cache": cache.kv_cache,
-        "rows": stores[0].held()[0].shape[0],
+        "rows": stores[0].filled()[0].shape[0],
         "layers": len(stores),
         "dtype": str(dtype),
         "scalings": [None if bias is None else bias.scaling for bias in biases],

@@ -1,15 +1,18 @@
 """Keys and values of one layer: tokens in, segments of keys and values out. Knows no transformers.
 
-Attention asks for `segment`, `room` and `key_means` only, so another kind of store needs no second attention.
+Attention asks for `segment`, `room`, `key_means` and `means_room` only, so another kind of store needs no second
+attention.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from qwen_longctx.ops.eight_bit import EightBit
+from qwen_longctx.ops.means import mean_keys, write_mean
 
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
@@ -31,6 +34,13 @@ class KeyValues(Protocol):
 
     def key_means(self, size: int) -> torch.Tensor:
         """Means of every `size` keys of all rows, shape (batch, keys // size, kv_heads, head_dim)."""
+
+    def means_room(self, size: int, slot: torch.Tensor | None = None) -> torch.Tensor:
+        """`key_means` with the free room behind them, which may hold anything.
+
+        `slot`, shape (1,), int64, on the device, is where `Store.write` has put a key that the host does not count
+        yet: the mean that it completes is among them.
+        """
 
 
 class Tensors(NamedTuple):
@@ -54,6 +64,19 @@ class Tensors(NamedTuple):
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`."""
         return mean_keys(self.k, size)
+
+    def means_room(self, size: int, slot: torch.Tensor | None = None) -> torch.Tensor:
+        """See `KeyValues`. Every key is counted."""
+        return mean_keys(self.k, size)
+
+
+@dataclass
+class _Means:
+    """Means of every `size` keys: a buffer with room for those of the whole cache, and how many of them are known."""
+
+    size: int
+    buffer: torch.Tensor
+    known: int = 0
 
 
 class Form(NamedTuple):
@@ -85,8 +108,7 @@ class Store:
         self.length = 0
         self.buffers: tuple[torch.Tensor, ...] | None = None
         self._own = False  # nobody else has the buffers
-        self._means: torch.Tensor | None = None
-        self._mean_size = 0
+        self._means: _Means | None = None
 
     def allocate(self, *like: torch.Tensor) -> None:
         """Take the room for tensors such as `like`, of shape (batch, tokens, kv_heads, head_dim): keys, and values."""
@@ -115,33 +137,50 @@ class Store:
     def _write(self, *new: torch.Tensor) -> None:
         """Put tokens behind those held, a tensor for each buffer."""
         stop = self.length + new[0].shape[1]
+        for buffer, part in zip(self._room_for(*new), new, strict=True):
+            buffer[:, self.length : stop] = part
+        self.length = stop
+
+    def _room_for(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The buffers, with room behind the tokens held for others such as `new`, a tensor for each buffer."""
+        stop = self.length + new[0].shape[1]
         if self.buffers is None or (self.length == 0 and not self._suits(*new)):
             self.allocate(*new)
         self._make_writable()
         assert self.buffers is not None
         if stop > self.buffers[0].shape[1]:
             self._grow(stop)
-        for buffer, part in zip(self.buffers, new, strict=True):
-            buffer[:, self.length : stop] = part
-        self.length = stop
+        return self.buffers
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor) -> None:
+    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
         """Put a token of every row where the device says, so that a captured graph can repeat it; `count` counts it.
 
         Parameters
         ----------
         k, v : torch.Tensor
-            Shape (batch, 1, kv_heads, head_dim), of the dtype and device of the buffers.
+            Shape (batch, 1, kv_heads, head_dim), of the dtype in which keys are handed out, on their device.
         slot : torch.Tensor
             Shape (1,), int64, on that device: a number within the room.
+        spots : torch.Tensor
+            Shape (1 or batch, 1), integer, on that device: where `k` was rotated to, for stores that ask.
         """
         assert self.buffers is not None
         for buffer, new in zip(self.buffers, (k, v), strict=True):
             buffer.index_copy_(1, slot, new)
 
-    def count(self, length: int) -> None:
-        """Hold the first `length` tokens, all of which have been written."""
+    def count(self, length: int, means: bool = False) -> None:
+        """Hold the first `length` tokens, all of which have been written.
+
+        `means` says that `means_room` was asked for after each of them, and knows the means that they complete.
+        """
         self.length = length
+        if means and self._means is not None:
+            self._means.known = length // self._means.size
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that `write` and attention read or write."""
+        means = () if self._means is None else (self._means.buffer,)
+        return (*(self.buffers or ()), *means)
 
     def _suits(self, *new: torch.Tensor) -> bool:
         """Whether the buffers can take other tokens such as these: of the same batch, heads, dtype and device."""
@@ -197,13 +236,38 @@ class Store:
 
     def key_means(self, size: int) -> torch.Tensor:
         """See `KeyValues`. Each mean is worked out once."""
-        if self._means is None or self._mean_size != size:
-            self._means, self._mean_size = self._keys(0, 0), size
-        known = self._means.shape[1]
-        if known < self.length // size:
-            fresh = mean_keys(self._keys(known * size, self.length), size)
-            self._means = torch.cat((self._means, fresh), dim=1)
-        return self._means
+        return self.means_room(size)[:, : self.length // size]
+
+    def means_room(self, size: int, slot: torch.Tensor | None = None) -> torch.Tensor:
+        """See `KeyValues`. The buffer of means, which stays where it is as long as those of keys and values do."""
+        means = self._means
+        if means is None or not self._fits(means, size):
+            means = self._means = self._new_means(size)
+        complete = self.length // size
+        if means.known < complete:
+            fresh = mean_keys(self._keys(means.known * size, complete * size), size)
+            means.buffer[:, means.known : complete] = fresh
+            means.known = complete
+        if slot is not None:
+            write_mean(self.room()[0], means.buffer, slot, size)
+        return means.buffer
+
+    def _fits(self, means: _Means, size: int) -> bool:
+        """Whether there is room for the means of all keys for which there is room, and they can be written."""
+        assert self.buffers is not None
+        room = -(-self.buffers[0].shape[1] // size)
+        writable = torch.is_inference_mode_enabled() or not means.buffer.is_inference()
+        return means.size == size and means.buffer.shape[1] == room and writable
+
+    def _new_means(self, size: int) -> _Means:
+        """A buffer for the means of all keys for which there is room, with those that are known already."""
+        empty, old = self._keys(0, 0), self._means
+        assert self.buffers is not None
+        buffer = empty.new_empty(empty.shape[0], -(-self.buffers[0].shape[1] // size), *empty.shape[2:])
+        if old is None or old.size != size:
+            return _Means(size, buffer)
+        buffer[:, : old.known] = old.buffer[:, : old.known]
+        return _Means(size, buffer, old.known)
 
     def _keys(self, start: int, stop: int) -> torch.Tensor:
         return self.segment(start, stop)[0]
@@ -212,7 +276,7 @@ class Store:
         """What the buffers hold for each token, by name, where keys and values are handed out in `dtype`."""
         return dict.fromkeys(("keys", "values"), Form(dtype, (kv_heads, head_dim)))
 
-    def held(self) -> tuple[torch.Tensor, ...]:
+    def filled(self) -> tuple[torch.Tensor, ...]:
         """The buffers without their free room, in the order of `forms`."""
         return tuple(x[:, : self.length] for x in self.buffers or ())
 
@@ -220,26 +284,17 @@ class Store:
         """Keep the first `length` tokens; nothing is copied."""
         self.length = max(0, min(length, self.length))
         if self._means is not None:
-            self._means = self._means[:, : self.length // self._mean_size]
+            self._means.known = min(self._means.known, self.length // self._means.size)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep rows number `rows` of the batch, integers of shape (rows,), in that order."""
         if self.buffers is None:
             return
-        if self._means is not None:  # beams are reordered at every token
-            self._means = self._means.index_select(0, rows.to(self._means.device))
-        if self._stays(rows):
-            for buffer in self.buffers:
-                held = buffer[:, : self.length]
-                held.copy_(held.index_select(0, rows.to(buffer.device)))
-            return
-        selected = []
-        for old in self.buffers:
-            chosen = rows.to(old.device)
-            new = old.new_empty(len(chosen), *old.shape[1:])
-            new[:, : self.length] = old[:, : self.length].index_select(0, chosen)
-            selected.append(new)
-        self.buffers, self._own = tuple(selected), True
+        stays, means = self._stays(rows), self._means
+        self.buffers = tuple(_selected(x, rows, self.length, stays) for x in self.buffers)
+        self._own = True
+        if means is not None:  # beams are reordered at every token
+            means.buffer = _selected(means.buffer, rows, means.known, stays and self._fits(means, means.size))
 
     def _stays(self, rows: torch.Tensor) -> bool:
         """Whether rows are reordered within the buffers, whose addresses captured graphs know."""
@@ -249,9 +304,12 @@ class Store:
         return self._own and len(rows) == self.buffers[0].shape[0] and size <= _IN_PLACE and writable
 
 
-def mean_keys(k: torch.Tensor, size: int) -> torch.Tensor:
-    """Means of every `size` keys of (batch, keys, kv_heads, head_dim): (batch, keys // size, kv_heads, head_dim)."""
-    return k[:, : k.shape[1] // size * size].unflatten(1, (-1, size)).mean(dim=2)
+def _selected(x: torch.Tensor, rows: torch.Tensor, held: int, stays: bool) -> torch.Tensor:
+    """Rows number `rows` of a buffer that holds so many tokens, in its own place if it `stays` there."""
+    chosen = x[:, :held].index_select(0, rows.to(x.device))
+    new = x if stays else x.new_empty(len(chosen), *x.shape[1:])
+    new[:, :held] = chosen
+    return new
 
 
 def _part(x: torch.Tensor, start: int, stop: int, rows: slice) -> torch.Tensor:

@@ -6,10 +6,9 @@ import torch
 
 from qwen_longctx.ops.decode import _numbers, _unit
 from qwen_longctx.ops.device import uses_triton
-from qwen_longctx.ops.eight_bit import EightBit
+from qwen_longctx.ops.eight_bit import AT_A_TIME, EightBit
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
-AT_A_TIME = 16384  # tokens that PyTorch has in float32 at once
 _PAIRS = 2048  # of numbers that the kernel works on at once: those that are turned together
 
 

@@ -10,6 +10,9 @@ queries. At its peak a layer holds, beside the embeddings of the chunk, its own 
 A cache in 8 bits also hands out keys and values: all of a span to sparse attention, a segment's to dense. Sparse
 prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen, its
 place in the mask and in the lists of a segment while they are attended to.
+
+Decoding comes when a prefill has given its activations back: it counts where it takes more than they did, as a captured
+graph does after a short prompt. Sparse decode adds means of keys too.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from typing import NamedTuple
 
 import torch
 
+from qwen_longctx.attention.choice import blocks_kept
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Span, spans
 from qwen_longctx.kv.eight_bit import room_for
 from qwen_longctx.ops import eight_bit
+from qwen_longctx.ops.choose import MEAN
 from qwen_longctx.ops.merge import MOST_FUSED, TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.request import pays
 from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK, POOLED_ROWS
@@ -36,6 +41,7 @@ _EXPERT_COPIES = 4  # of every token for each of its experts: chosen, projected,
 _SCORED = 8  # bytes a pair: scores in float32, and once more as segments are joined
 _MASKED, _LISTED = 1, 4  # bytes a pair
 _WORKSPACE = 32 << 20  # that cuBLAS takes on Hopper
+GRAPH = 64 << 20  # that a captured token holds: a workspace of its own, activations, what the device needs to launch it
 _CHUNKS_LOOKED_AT = 16  # the last ones see the most keys; of so many, one is cut where it costs the most
 
 
@@ -102,7 +108,8 @@ class Prefill:
         ]
         most = max(found, key=lambda peak: peak.total)
         fixed = _WORKSPACE + 2 * 8 * self.tokens * self.batch  # token ids and mask
-        return Peak(most.activations + fixed, most.selection + self._means())
+        graph = max(0, GRAPH - most.total) if self.settings.cuda_graphs else 0
+        return Peak(most.activations + graph + fixed, most.selection + self._means())
 
     def _of_chunk(self, start: int, stop: int) -> Iterator[Peak]:
         """The moments of one layer that can be the peak."""
@@ -162,10 +169,11 @@ class Prefill:
 
     def _means(self) -> int:
         """Bytes of the means of keys of all layers."""
-        if self.rule != "block_scores":
-            return 0
-        keys = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
-        return keys * self.tokens * self.batch * MEANS_A_BLOCK // self.settings.tile
+        share, keys = self.settings.sparse_decode, self.tokens * self.batch
+        prefill = keys * MEANS_A_BLOCK // self.settings.tile if self.rule == "block_scores" else 0
+        decode = 0 if share is None or blocks_kept(share, self.tokens) is None else keys // MEAN
+        each = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
+        return each * max(prefill, decode)
 
     def _bytes(self, numbers: int, tables: int, others: int = 0, selection: int = 0) -> Peak:
         return Peak((numbers + tables) * self.dtype.itemsize + others, selection)
