@@ -26,6 +26,7 @@ from qwen_longctx.ops import (
     keep,
     means,
     merge,
+    norm,
     read_out,
     rotate,
     row_lse,
@@ -40,6 +41,13 @@ def _kept(scores, whole, visible, amount, **how):
 
 # the module of an operation, its launcher, the kernels that this launches, and the PyTorch function that does the same
 OPERATIONS = (
+    (
+        norm,
+        "rms_norm_triton",
+        ("_norm",),
+        lambda x, *_, **how: (x, norm.Rows(x, x[..., :1]) if how.get("to_8_bits") else x),
+    ),
+    (norm, "silu_mul_triton", ("_silu_mul",), lambda gate, up: gate),
     (rotate, "rotate_triton", ("_rotate",), rotate.rotate),
     (merge, "merge_triton", ("_merge",), merge.merge),
     (row_lse, "row_lse_triton", ("_row_lse",), row_lse.row_lse),

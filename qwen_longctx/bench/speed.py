@@ -111,7 +111,7 @@ def _sparse(
     """The part of a row that is about the sparse run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with Breakdown(model, device) as clock:
+    with Breakdown(device) as clock:
         seconds, report = _first_token(model, ids, overrides, device, clock)
     row = {
         "sparse_seconds": seconds,

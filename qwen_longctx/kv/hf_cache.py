@@ -225,9 +225,10 @@ class LongContextCache(DynamicCache):
         """What the prefill cost and what it kept.
 
         Tokens, seconds, tokens per second and peak memory in bytes (0 without CUDA) of the prefills of this cache, the
-        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
-        and the recall of its worst head. All of it counts what was done: every turn since the cache was empty, also
-        tokens that were cropped since, but neither tokens that were generated nor drafts.
+        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall,
+        the recall of its worst head, and the share of spans and heads on which recall was measured. All of it counts
+        what was done: every turn since the cache was empty, also tokens that were cropped since, but neither tokens
+        that were generated nor drafts.
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
