@@ -16,6 +16,7 @@ from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
 from qwen_longctx.ops import thin
 from qwen_longctx.ops.device import cast
+from qwen_longctx.ops.fp8 import Rows
 from qwen_longctx.patches.linear import rows_for, thin_weights
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
@@ -26,7 +27,7 @@ IMPLEMENTATION = "qwen_dca"
 def attention_forward(
     patched: PatchedMethod,
     self: Any,
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | Rows,
     position_embeddings: Any = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
@@ -34,7 +35,10 @@ def attention_forward(
     dual_chunk: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back."""
+    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back.
+
+    Hidden states come in 8 bits from `layer_forward`, if all projections take them so.
+    """
     if dual_chunk is None:
         if stock_forward(type(self).__module__):
             arguments = {"hidden_states": hidden_states, "position_embeddings": position_embeddings}
@@ -49,7 +53,8 @@ def attention_forward(
         raise Unsupported(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
-    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    given = hidden_states.values if isinstance(hidden_states, Rows) else hidden_states
+    shape = (*given.shape[:-1], -1, self.head_dim)
     q, k, v = (x.view(shape) for x in _projected(hidden_states, self.q_proj, self.k_proj, self.v_proj))
     if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
@@ -77,7 +82,7 @@ def attention_forward(
     return _projected(out, self.o_proj)[0], weights
 
 
-def _projected(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+def _projected(x: torch.Tensor | Rows, *layers: nn.Module) -> list[torch.Tensor]:
     """What linear layers make of `x`, of shape (batch, tokens, inputs)."""
     held = thin_weights(x, *layers)
     if held is not None:

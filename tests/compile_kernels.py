@@ -22,6 +22,8 @@ from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
+from qwen_longctx.ops.norm import _norm, _silu_mul
+from qwen_longctx.ops.read_out import _read_out
 from qwen_longctx.ops.rotate import _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 from qwen_longctx.ops.thin import _thin
@@ -37,15 +39,15 @@ def eight_bit(codes, bias=None):
 
 
 KERNELS = [
-    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, {**TILE, "ROWS": 128}),
     *(
         (
             _block_shares,
             {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
-            {**TILE, **sizes},
+            {**TILE, "COLUMNS": 8, **sizes},
         )
         for sizes in (
-            {"PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
+            {"ROWS": 128, "PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 1, "MEAN": True},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 4, "MEAN": False},
         )
@@ -114,6 +116,20 @@ KERNELS = [
             ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 16),
         )
     ),
+    *(
+        (
+            _read_out,
+            {
+                **{"codes": f"*{codes}", "scales": "*fp32", "out": f"*{dtype}", "spots": "*i32", "scaling": "fp32"},
+                **({"bias": "*fp32", "frequencies": "*fp64"} if biased else {}),
+            },
+            {
+                **{"HALF": half, "DIM": 64, "ROWS": 32},
+                **({} if biased else dict.fromkeys(("spots", "bias", "frequencies"))),
+            },
+        )
+        for codes, dtype, half, biased in (("i8", "bf16", 64, True), ("u8", "fp16", 40, False))
+    ),
     (
         _join,
         {"sums": "*fp32", "lses": "*fp32", "out": "*bf16"},
@@ -123,10 +139,22 @@ KERNELS = [
         (
             _rows,
             {**dict.fromkeys(("x", "up"), "*bf16"), "values": "*fp8e4nv", "scales": "*fp32"},
-            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096},
+            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096, "PARTS": parts},
         )
-        for gated in (False, True)
+        for gated, parts in ((False, 1), (True, 5), (True, 0))
     ),
+    *(
+        (
+            _norm,
+            {
+                **dict.fromkeys(("x", "y", "weight", "total"), "*bf16"),
+                **{"values": "*fp8e4nv" if cast else "*bf16", "scales": "*fp32", "epsilon": "fp32"},
+            },
+            {"ADDED": added, "CAST": cast, "LEAST": 1e-30, "ROWS": rows, "WIDTH": width},
+        )
+        for added, cast, rows, width in ((False, False, 32, 128), (True, False, 1, 4096), (True, True, 1, 4096))
+    ),
+    (_silu_mul, dict.fromkeys(("gate", "up", "out"), "*bf16"), {"WIDTH": 2048}),
     *(
         (
             _mean_logits,
@@ -212,7 +240,7 @@ capabilities = [int(one) for one in sys.argv[1:]]
 for capability in capabilities:
     seen = set()
     for kernel, types, constants in KERNELS:
-        if kernel is _rows and capability < 89:
+        if (kernel is _rows or constants.get("CAST")) and capability < 89:
             continue  # devices without 8 bits do not run it
         if capability != capabilities[-1] and kernel in seen:
             continue  # further variants for the last device alone: they take their time

@@ -26,6 +26,8 @@ from qwen_longctx.ops import (
     keep,
     means,
     merge,
+    norm,
+    read_out,
     rotate,
     row_lse,
     thin,
@@ -39,6 +41,13 @@ def _kept(scores, whole, visible, amount, **how):
 
 # the module of an operation, its launcher, the kernels that this launches, and the PyTorch function that does the same
 OPERATIONS = (
+    (
+        norm,
+        "rms_norm_triton",
+        ("_norm",),
+        lambda x, *_, **how: (x, norm.Rows(x, x[..., :1]) if how.get("to_8_bits") else x),
+    ),
+    (norm, "silu_mul_triton", ("_silu_mul",), lambda gate, up: gate),
     (rotate, "rotate_triton", ("_rotate",), rotate.rotate),
     (merge, "merge_triton", ("_merge",), merge.merge),
     (row_lse, "row_lse_triton", ("_row_lse",), row_lse.row_lse),
@@ -46,6 +55,7 @@ OPERATIONS = (
     (keep, "keep_triton", ("_keep",), _kept),
     (compact, "compact_triton", ("_compact",), lambda mask: compact.compact(mask, 1)[:2]),
     (columns, "columns_triton", ("_columns",), columns.columns),
+    (read_out, "read_out_triton", ("_read_out",), read_out.read_out),
     (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
     (eight_bit, "write_triton", ("_write",), eight_bit.write),

@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="needs Triton")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = (
     *("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join"),
-    *("mean_logits", "mean_scores", "best_blocks", "thin"),
+    *("mean_logits", "mean_scores", "best_blocks", "thin", "read_out", "norm", "silu_mul"),
 )
 NEWER = ("rows",)  # kernels that need compute capability 8.9
 HEADS = [(4, 2), (6, 1), (3, 3)]
@@ -107,7 +107,24 @@ def test_block_shares(device, heads, rows, per_block, pool):
     limits = torch.tensor([0, 40, keys], device=device).repeat_interleave(rows)
     lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
     how = {"rows": rows, "per_block": per_block, "scale": 0.3, "pool": pool}
-    close(block_shares_triton(q, means, lse, limits, **how), on_cpu(block_shares, q, means, lse, limits, **how))
+    out = torch.zeros(2, heads[0], 3, -(-keys // per_block) + 5, device=device)
+    wanted = out.cpu()
+    block_shares_triton(q, means, lse, limits, out, 2, **how)
+    block_shares(*(x.cpu() for x in (q, means, lse, limits)), wanted, 2, **how)
+    close(out, wanted)
+    assert wanted[..., 2:-3].any() and not out[..., :2].any() and not out[..., -3:].any()
+
+
+@on_devices
+def test_block_shares_of_more_keys_than_a_program_takes(device):
+    q, means = draw(device, 1, 12, 2, 16), draw(device, 1, 1150, 1, 16)
+    limits = torch.tensor([1150, 520, -3], device=device).repeat_interleave(4)
+    lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
+    out = torch.zeros(1, 2, 3, 288, device=device)
+    wanted, how = out.cpu(), {"rows": 4, "per_block": 4, "scale": 0.3}
+    block_shares_triton(q, means, lse, limits, out, **how)
+    block_shares(*(x.cpu() for x in (q, means, lse, limits)), wanted, **how)
+    close(out, wanted)
 
 
 @on_devices

@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
 from qwen_longctx.bench.breakdown import Breakdown
-from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.shapes import NAMES, random_model
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.errors import InvalidValue
 
@@ -31,6 +31,7 @@ def measure(
     dense_layers: int = 0,
     whole_up_to: int = 131072,
     linear: str = "auto",
+    shape: str = NAMES[0],
 ) -> Iterator[dict[str, Any]]:
     """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
 
@@ -53,6 +54,8 @@ def measure(
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     linear : {"auto", "fp8"}
         The setting of that name, of sparse and of dense runs.
+    shape : str
+        Of the model, see ``bench.shapes.NAMES``.
 
     Raises
     ------
@@ -60,15 +63,17 @@ def measure(
         A length is below `SHORTEST`.
     """
     check_lengths("speed", lengths)
-    model = random_model(device, tiny)
+    model = random_model(device, tiny, shape=shape)
     for length in lengths:
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         dense, sparse = {**DENSE, "linear": linear}, {**sparse_settings(length, density), "linear": linear}
         row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], "linear": linear}
-        _warm_up(ids, [sparse, dense, *([None] if length <= whole_up_to else [])], device, tiny)
+        _warm_up(ids, [sparse, dense, *([None] if length <= whole_up_to else [])], device, tiny, shape)
         row.update(_sparse(model, ids, sparse, device))
         if dense_layers and length > whole_up_to:
-            row["dense_seconds"] = _projected(ids, dense, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_seconds"] = _projected(
+                ids, dense, device, tiny, shape, dense_layers, model.config.num_hidden_layers
+            )
             row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
         else:
             row["dense_seconds"], row["dense_is"] = _first_token(model, ids, dense, device)[0], "run whole"
@@ -105,7 +110,7 @@ def _sparse(
     """The part of a row that is about the sparse run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with Breakdown(model, device) as clock:
+    with Breakdown(device) as clock:
         seconds, report = _first_token(model, ids, overrides, device, clock)
     row = {
         "sparse_seconds": seconds,
@@ -118,9 +123,11 @@ def _sparse(
     return row
 
 
-def _warm_up(ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool) -> None:
+def _warm_up(
+    ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool, shape: str
+) -> None:
     """Every run of a length on one layer: kernels are compiled, and cuDNN plans, once a process for every shape."""
-    model = random_model(device, tiny, layers=1)
+    model = random_model(device, tiny, layers=1, shape=shape)
     for overrides in runs:
         _first_token(model, ids, overrides, device)
     if device.type == "cuda":
@@ -147,7 +154,7 @@ def _first_token(
 
 
 def _projected(
-    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, layers: int, of: int
+    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, shape: str, layers: int, of: int
 ) -> float:
     """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
 
@@ -155,7 +162,7 @@ def _projected(
     """
     times = []
     for count in (layers, 2 * layers):
-        model = random_model(device, tiny, layers=count)
+        model = random_model(device, tiny, layers=count, shape=shape)
         times.append(_first_token(model, ids, dense, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers

@@ -150,11 +150,14 @@ class LongContextCache(DynamicCache):
         at most 16,384 tokens.
     observer : sparsity.observer.Observer, optional
         Is told of the stages and spans of a prefill, for measurements.
-    kv_cache : {"device", "fp8", "int8"}
-        How keys and values are held: as they are, or in 8 bits.
+    kv_cache : {"device", "auto", "fp8", "int8"}
+        How keys and values are held: as they are, or in 8 bits. "auto" is decided by the first call of a patched model
+        that fills the cache, see ``docs/memory.md``, and is "device" where nothing is known of the memory.
 
     Attributes
     ----------
+    kv_cache : str
+        As above; "auto" only until the kind is decided.
     qwen_longctx : Sequence
         What is known of the sequence beside its keys and values.
 
@@ -166,13 +169,19 @@ class LongContextCache(DynamicCache):
 
     def __init__(self, capacity: int = 0, observer: Any = None, kv_cache: str = "device") -> None:
         _check_capacity(capacity)
-        if not isinstance(kv_cache, str) or kv_cache not in KV_CACHES:
-            raise InvalidValue(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
+        if not isinstance(kv_cache, str) or kv_cache not in ("auto", *KV_CACHES):
+            raise InvalidValue(f"kv_cache must be one of auto, {', '.join(KV_CACHES)}, got {kv_cache!r}")
         Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache))
         self.kv_cache = kv_cache
         self.capacity = capacity
         self.qwen_longctx = Sequence()
         self.observer = observer
+
+    def settle(self, kind: str) -> None:
+        """Decide the kind of a cache of kind "auto"; of others nothing changes."""
+        if self.kv_cache == "auto":
+            self.layer_class_to_replicate = partial(LongContextLayer, self.capacity, kind)
+            self.kv_cache = kind
 
     @property
     def sparse_state(self) -> Any:
@@ -192,6 +201,7 @@ class LongContextCache(DynamicCache):
         PatchConflict
             The cache holds keys of a patched model.
         """
+        self.settle("device")
         if layer_idx == 0 and self.get_seq_length() == 0:
             forget(self)
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
@@ -206,6 +216,7 @@ class LongContextCache(DynamicCache):
         turning: Turning | None = None,
     ) -> Store:
         """Append to one layer in the layout of its store, as the patched attention does; see `EightBitStore.append`."""
+        self.settle("device")
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer].append(k, v, bias, turning)
@@ -214,9 +225,10 @@ class LongContextCache(DynamicCache):
         """What the prefill cost and what it kept.
 
         Tokens, seconds, tokens per second and peak memory in bytes (0 without CUDA) of the prefills of this cache, the
-        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
-        and the recall of its worst head. All of it counts what was done: every turn since the cache was empty, also
-        tokens that were cropped since, but neither tokens that were generated nor drafts.
+        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall,
+        the recall of its worst head, and the share of spans and heads on which recall was measured. All of it counts
+        what was done: every turn since the cache was empty, also tokens that were cropped since, but neither tokens
+        that were generated nor drafts.
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
@@ -250,17 +262,14 @@ class LongContextCache(DynamicCache):
         """
         if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
             raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
-        if self.kv_cache != "device":
-            raise Unsupported(
-                f'a cache of kind "{self.kv_cache}" cannot be saved: prefill the prefix with kv_cache="device"'
-            )
         saved.write(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, capacity: int = 0) -> LongContextCache:
-        """A new cache that holds the prefix saved in a folder.
+        """A new cache that holds the prefix saved in a folder, of the kind (`kv_cache`) that was saved.
 
-        Keys and values are copied once, from the mapped file to the device of their layer, and checked on the way.
+        Keys and values, or their 8 bits, are copied once, from the mapped file to the device of their layer, and
+        checked on the way. What the setting `kv_cache` of the model says does not matter.
 
         Parameters
         ----------

@@ -79,6 +79,13 @@ class _Means:
     known: int = 0
 
 
+class Form(NamedTuple):
+    """Dtype and shape of what a buffer holds for one token of one row."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Store:
     """Keys and values in two buffers of shape (batch, room, kv_heads, head_dim), taken once where the length is known.
 
@@ -238,7 +245,7 @@ class Store:
             means = self._means = self._new_means(size)
         complete = self.length // size
         if means.known < complete:
-            fresh = mean_keys(self.segment(means.known * size, complete * size)[0], size)
+            fresh = mean_keys(self._keys(means.known * size, complete * size), size)
             means.buffer[:, means.known : complete] = fresh
             means.known = complete
         if slot is not None:
@@ -254,13 +261,24 @@ class Store:
 
     def _new_means(self, size: int) -> _Means:
         """A buffer for the means of all keys for which there is room, with those that are known already."""
-        empty, old = self.segment(0, 0)[0], self._means
+        empty, old = self._keys(0, 0), self._means
         assert self.buffers is not None
         buffer = empty.new_empty(empty.shape[0], -(-self.buffers[0].shape[1] // size), *empty.shape[2:])
         if old is None or old.size != size:
             return _Means(size, buffer)
         buffer[:, : old.known] = old.buffer[:, : old.known]
         return _Means(size, buffer, old.known)
+
+    def _keys(self, start: int, stop: int) -> torch.Tensor:
+        return self.segment(start, stop)[0]
+
+    def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
+        """What the buffers hold for each token, by name, where keys and values are handed out in `dtype`."""
+        return dict.fromkeys(("keys", "values"), Form(dtype, (kv_heads, head_dim)))
+
+    def filled(self) -> tuple[torch.Tensor, ...]:
+        """The buffers without their free room, in the order of `forms`."""
+        return tuple(x[:, : self.length] for x in self.buffers or ())
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""

@@ -12,7 +12,8 @@ from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 KINDS = tuple(_LARGEST)
-AT_A_TIME = 16384  # tokens that are in float32 at once
+CODES = {"int8": torch.int8, "fp8": torch.uint8}
+AT_A_TIME = 16384  # tokens that PyTorch has in float32 at once
 TILE = 64  # positions by which a `KeyBias` is rotated beforehand
 
 
@@ -42,6 +43,10 @@ class KeyBias(NamedTuple):
         bias = cls(vector.float(), vector, inv_freq.double() / (2 * math.pi), scaling)
         tile = bias.at(torch.arange(TILE, device=vector.device)).transpose(0, 1)
         return bias._replace(tile=tile.to(dtype).contiguous())
+
+    def to(self, device: torch.device) -> KeyBias:
+        """The same on another device."""
+        return KeyBias(self.vector.to(device), self.tile.to(device), self.turns.to(device), self.scaling)
 
     def at(self, spots: torch.Tensor) -> torch.Tensor:
         """The vector as keys at integer `spots` hold it, shape (*spots, kv_heads, head_dim), float32."""

@@ -39,72 +39,88 @@ class Weight(NamedTuple):
     scales: torch.Tensor | None = None
 
 
-def pays(x: torch.Tensor) -> bool:
+def pays(x: torch.Tensor | Rows) -> bool:
     """Whether this is faster than a product for each layer: for up to 16 rows, `x` of shape (..., inputs)."""
-    if not 0 < x.numel() <= MOST_ROWS * x.shape[-1] or x.dtype not in HALF:
+    numbers = x.values if isinstance(x, Rows) else x
+    if not 0 < numbers.numel() <= MOST_ROWS * numbers.shape[-1] or numbers.dtype not in (*HALF, fp8.E4M3):
         return False
-    return uses_triton(x) and capability(x.device) >= _CAPABILITY
+    return uses_triton(numbers) and capability(numbers.device) >= _CAPABILITY
 
 
-def linear(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
+def linear(x: torch.Tensor | Rows, *weights: Weight) -> list[torch.Tensor]:
     """``x @ values.T + bias`` for up to three layers, summed in float32; for weights in e4m3 rows are cast to it too.
 
     Parameters
     ----------
-    x : torch.Tensor
-        Shape (..., inputs), on a CUDA device fp16 or bf16, of at most 16 rows.
+    x : torch.Tensor or Rows
+        Shape (..., inputs), on a CUDA device fp16, bf16, or `Rows` of bf16 for weights in e4m3; of at most 16 rows.
     weights : Weight
         All in e4m3 or none, and all with a bias or none.
 
     Returns
     -------
     list of torch.Tensor
-        Shapes (..., outputs), of the dtype of `x`.
+        Shapes (..., outputs), of the dtype of `x`, bf16 for `Rows`.
     """
-    if uses_triton(x):
+    if uses_triton(x.values if isinstance(x, Rows) else x):
         return linear_triton(x, *weights)
-    return [
-        torch.nn.functional.linear(x, values, bias)
-        if scales is None
-        else fp8.product(fp8.cast_rows(x), Rows(values, scales), bias).to(x.dtype)
-        for values, bias, scales in weights
-    ]
+    return [_linear(x, *one) for one in weights]
 
 
-def silu_mul(x: torch.Tensor, gate: Weight, up: Weight) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor | Rows, values: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor | None
+) -> torch.Tensor:
+    if scales is None:
+        assert isinstance(x, torch.Tensor)
+        return torch.nn.functional.linear(x, values, bias)
+    if isinstance(x, Rows):
+        return fp8.product(x, Rows(values, scales), bias)
+    return fp8.product(fp8.cast_rows(x), Rows(values, scales), bias).to(x.dtype)
+
+
+def silu_mul(x: torch.Tensor | Rows, gate: Weight, up: Weight) -> torch.Tensor:
     """``silu(gate(x)) * up(x)``, rounded after each of its steps; see `linear`."""
-    if uses_triton(x):
+    if uses_triton(x.values if isinstance(x, Rows) else x):
         return silu_mul_triton(x, gate, up)
     first, second = linear(x, gate, up)
     return torch.nn.functional.silu(first) * second
 
 
 @on_its_device
-def linear_triton(x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
-    """See `linear`. One launch."""
-    outs = [x.new_empty((*x.shape[:-1], len(one.values))) for one in weights]
+def linear_triton(x: torch.Tensor | Rows, *weights: Weight) -> list[torch.Tensor]:
+    """See `linear`. One launch, and one for a cast."""
+    outs = [_empty(x, len(one.values)) for one in weights]
     _launch(x, list(weights), outs, gated=False)
     return outs
 
 
 @on_its_device
-def silu_mul_triton(x: torch.Tensor, gate: Weight, up: Weight) -> torch.Tensor:
-    """See `silu_mul`. One launch."""
-    out = x.new_empty((*x.shape[:-1], len(gate.values)))
+def silu_mul_triton(x: torch.Tensor | Rows, gate: Weight, up: Weight) -> torch.Tensor:
+    """See `silu_mul`. One launch, and one for a cast."""
+    out = _empty(x, len(gate.values))
     _launch(x, [gate, up], [out], gated=True)
     return out
 
 
-def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *, gated: bool) -> None:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    taken = (rows, None) if weights[0].scales is None else fp8.cast_rows_triton(rows)
+def _empty(x: torch.Tensor | Rows, outputs: int) -> torch.Tensor:
+    if isinstance(x, Rows):
+        return x.scales.new_empty((*x.scales.shape[:-1], outputs), dtype=torch.bfloat16)
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _launch(x: torch.Tensor | Rows, weights: list[Weight], outs: list[torch.Tensor], *, gated: bool) -> None:
+    if isinstance(x, torch.Tensor):
+        x = x.contiguous() if weights[0].scales is None else fp8.cast_rows_triton(x)
+    rows, scales = (x.values, x.scales) if isinstance(x, Rows) else (x, None)
+    inputs = rows.shape[-1]
     counts = [len(one.values) for one in weights]
     outputs, depth = _tile(sum(counts), weights[0].values.dtype)
     tiles = [triton.cdiv(count, outputs) for count in counts]
     spare = 3 - len(weights)  # that no program works on
     weights, outs = weights + weights[:1] * spare, outs + outs[:1] * (3 - len(outs))
     _thin[(tiles[0] if gated else sum(tiles),)](
-        *taken,
+        rows,
+        scales,
         *(one.values for one in weights),
         *(one.scales for one in weights),
         *(one.bias for one in weights),
@@ -113,8 +129,8 @@ def _launch(x: torch.Tensor, weights: list[Weight], outs: list[torch.Tensor], *,
         *[0] * spare,
         tiles[0],
         sum(tiles[:2]),
-        len(rows),
-        rows.shape[1],
+        rows.numel() // inputs,
+        inputs,
         GATED=gated,
         OUTPUTS=outputs,
         DEPTH=depth,

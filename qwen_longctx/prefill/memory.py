@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from qwen_longctx.checkpoint import Shape
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
 from qwen_longctx.prefill.weights import Weights, weights_of
 
 GIB = 1 << 30
+_SMALLEST_CHUNK = 1024  # tokens; smaller chunks save nothing that counts beside the KV cache
+_KINDS_IN_WORDS = {"int8": "keys and values in 8 bits", "host": "keys and values on the host"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Need(NamedTuple):
         Whether rows begin or end at different places.
     copied : float
         Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow.
+    own : bool
+        Whether the settings say of what kind the cache is, or the caller has brought one.
+    whole : bool
+        Whether the prompt passes in one piece, whatever the settings say.
     """
 
     tokens: int
@@ -143,6 +149,8 @@ class Need(NamedTuple):
     at_the_end: int = 0
     padded: bool = False
     copied: float = 0.0
+    own: bool = False
+    whole: bool = False
 
     def shortened(self, tokens: int) -> Need:
         """The need of a run of fewer tokens."""
@@ -151,11 +159,16 @@ class Need(NamedTuple):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device; None where that is not known, as on CPUs."""
+    """Bytes that can be taken on a device; None where that is not known, as on CPUs.
+
+    No more than ``torch.cuda.set_per_process_memory_fraction`` leaves.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
 
 
 def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
@@ -173,15 +186,16 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
     Raises
     ------
     MemoryError
-        With the bytes needed, the bytes free and the tokens that would fit, for the device on which fewest do.
+        With the bytes needed, the bytes free and the tokens that would fit, for the device on which fewest do, and the
+        first change of settings with which all of them do.
     """
-    short = [device for device in devices if sum(_needed(shape, device, need, settings)) > device.free]
+    short = [device for device in devices if _needed(shape, device, need, settings).total > device.free]
     if not short:
         return
 
     def fit(device: Device) -> int:
         return most(
-            lambda n: sum(_needed(shape, device, need.shortened(n), settings)) <= device.free, 0, need.tokens - 1
+            lambda n: _needed(shape, device, need.shortened(n), settings).total <= device.free, 0, need.tokens - 1
         )
 
     tokens, device = min(((fit(one), one) for one in short), key=lambda found: found[0])
@@ -192,15 +206,102 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
     raise DoesNotFit(
         f"{need.batch} x {need.tokens:,} tokens need {cache / GIB:.1f} GiB {more}of KV cache and about "
         f"{others / GIB:.1f} GiB of {what}{where}, {device.free / GIB:.1f} GiB are free: {tokens:,} tokens would "
-        "fit. Shorten the prompt or max_new_tokens, lower prefill_chunk_size, the number of beams or logits_to_keep, "
-        "or spread the model with device_map"
+        f"fit.{_advice(shape, devices, need, settings)} Shorten the prompt or max_new_tokens, lower "
+        "prefill_chunk_size, the number of beams or logits_to_keep, or spread the model with device_map"
     )
 
 
-def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> tuple[int, int]:
+def fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> bool:
+    """Whether `check_fits` lets a run pass."""
+    return all(_needed(shape, device, need, settings).total <= device.free for device in devices)
+
+
+def fullest(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> tuple[int, Device]:
+    """Bytes needed, and the device where they exceed what is free by most or come nearest to it."""
+    needed = [(_needed(shape, device, need, settings).total, device) for device in devices]
+    return max(needed, key=lambda found: found[0] - found[1].free)
+
+
+def _advice(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> str:
+    """The first change of settings with which a run fits."""
+    selection = any(_peak(shape, device, need, settings).selection for device in devices)
+    for meaning, changed in changes(settings, need.tokens, selection=selection, kinds=need.own, cuts=not need.whole):
+        if fits(shape, devices, need, replace(settings, **changed)):
+            values = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            return f" All would with patch_qwen(model, {values}): {meaning}."
+    return ""
+
+
+def changes(
+    settings: LongContextConfig,
+    tokens: int,
+    *,
+    selection: bool,
+    kinds: bool,
+    cuts: bool = True,
+    linear: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes of settings with which a run takes less, in words and by name, in the order in which they are preferred.
+
+    Smaller prefill chunks cost a little time, dense prefill costs more; then come 8 bits for keys and values, for
+    linear layers, and for both, and then what is slower than these. Each is tried with smaller chunks too.
+
+    Parameters
+    ----------
+    settings : LongContextConfig
+    tokens : int
+        Of a row.
+    selection : bool
+        Whether sparse prefill takes memory.
+    kinds, cuts, linear : bool
+        Whether the cache may be of another kind, the prompt be cut, and linear layers be of another dtype.
+    """
+    chunks = _smaller(min(settings.prefill_chunk_size, tokens)) if cuts else []
+    more = [*({"prefill_chunk_size": size} for size in chunks)]
+    yield from (("smaller prefill chunks", smaller) for smaller in more)
+    if selection:
+        yield "dense prefill", {"sparse": "off"}
+        yield from (("dense prefill in smaller chunks", {"sparse": "off", **smaller}) for smaller in more)
+    after = AUTO_KV_CACHES.index(settings.kv_cache) + 1 if settings.kv_cache in AUTO_KV_CACHES else len(AUTO_KV_CACHES)
+    others = AUTO_KV_CACHES[after:] if kinds else ()
+    eight_bit: list[tuple[str, dict[str, Any]]] = []
+    if "int8" in others:
+        eight_bit.append((_KINDS_IN_WORDS["int8"], {"kv_cache": "int8"}))
+    if linear:
+        eight_bit.append(("linear layers in 8 bits", {"linear": "fp8"}))
+    if len(eight_bit) == 2:
+        eight_bit.append(("keys, values and linear layers in 8 bits", {"kv_cache": "int8", "linear": "fp8"}))
+    slower = [(_KINDS_IN_WORDS[kind], {"kv_cache": kind}) for kind in others if kind != "int8"]
+    for meaning, changed in eight_bit + slower:
+        yield meaning, changed
+        yield from ((f"{meaning}, smaller prefill chunks", {**changed, **smaller}) for smaller in more)
+
+
+def _smaller(size: int) -> list[int]:
+    """Chunks of fewer tokens than `size`, powers of 2 from the largest on."""
+    largest = 1 << (size - 1).bit_length() - 1 if size > 1 else 0
+    return [largest >> step for step in range(largest.bit_length()) if largest >> step >= _SMALLEST_CHUNK]
+
+
+class _Needed(NamedTuple):
     """Bytes of the cache that are not taken yet, and of everything else."""
+
+    cache: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.others
+
+
+def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> _Needed:
     part = replace(shape, layers=device.layers)
     each = kv_bytes(part, need.dtype, settings.kv_cache) * need.batch
-    peak = Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()
+    peak = _peak(shape, device, need, settings)
     copied = int(need.copied * need.tokens * each / device.layers)
-    return each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied)
+    return _Needed(each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied))
+
+
+def _peak(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> Peak:
+    part = replace(shape, layers=device.layers)
+    return Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()

@@ -4,10 +4,12 @@ A tensor of a chunk is counted by its numbers: `hidden` for hidden states, `quer
 queries. At its peak a layer holds, beside the embeddings of the chunk, its own input and its normed input,
 
 - in attention the queries, and for every segment of a span those rotated towards it and its result, then their merge;
+  dense attention lets go of the rotated ones of a segment before it takes up the next;
 - in the MLP the sum with the attention's output, its norm and the MLP's output, and one slice of the MLP's inside.
 
-Sparse prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen,
-its place in the mask and in the lists of a segment while they are attended to.
+A cache in 8 bits also hands out keys and values: all of a span to sparse attention, a segment's to dense. Sparse
+prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen, its
+place in the mask and in the lists of a segment while they are attended to.
 
 Decoding comes when a prefill has given its activations back: it counts where it takes more than they did, as a captured
 graph does after a short prompt. Sparse decode adds means of keys too.
@@ -25,7 +27,7 @@ from qwen_longctx.attention.choice import blocks_kept
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Span, spans
-from qwen_longctx.kv.eight_bit import AT_A_TIME
+from qwen_longctx.kv.eight_bit import room_for
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.ops.choose import MEAN
 from qwen_longctx.ops.merge import MOST_FUSED, TOKENS_AT_A_TIME
@@ -34,7 +36,6 @@ from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK, POOLED_ROWS
 
 _EMBEDDINGS_INPUT_NORMED = 3  # hidden states alive while a layer attends
 _IN_MLP = 5  # the embeddings, the layer's input, its sum with the attention's output, the norm of that, the output
-_IN_FLOAT32 = 5  # of a piece of keys: their numbers, the rotated bias and its two halves, the sum
 _INSIDE_MLP = 3  # gate, up and their product
 _EXPERT_COPIES = 4  # of every token for each of its experts: chosen, projected, weighted, and put back in order
 _SCORED = 8  # bytes a pair: scores in float32, and once more as segments are joined
@@ -128,8 +129,7 @@ class Prefill:
         for span in cut:
             kinds = len(span.segments)
             done = self.batch * (span.start - start) * self._queries
-            read = self._read_out(stop)
-            yield from self._of_span(span, base + done + read, (kinds + 2) * tables)
+            yield from self._of_span(span, base + done, (kinds + 2) * tables)
 
     def _of_span(self, span: Span, base: int, tables: int) -> Iterator[Peak]:
         kinds, rows = len(span.segments), span.stop - span.start
@@ -140,10 +140,14 @@ class Prefill:
         if parts > MOST_FUSED:  # merged in float32, a slice at a time
             results += queries
             log_sums += 3 * self.batch * min(rows, TOKENS_AT_A_TIME) * self._queries * 4
-        rotated = kinds * queries
         if self.rule is None:
-            yield self._bytes(base + rotated + results, tables, log_sums)
+            for number, (_, key_start, key_stop) in enumerate(span.segments, 1):
+                read = self._read_out(key_stop - key_start)
+                yield self._bytes(base + (1 + number) * queries + read, tables, log_sums)
+            yield self._bytes(base + results, tables, log_sums)
             return
+        rotated = kinds * queries
+        base += self._read_out(span.stop)
         tile = self.settings.tile
         tiles = self.batch * self.shape.heads * -(-rows // tile)
         pairs, last = (tiles * -(-keys // tile) for keys in (span.stop, _last_segment(span)))
@@ -151,12 +155,11 @@ class Prefill:
         pooled = kinds * queries * POOLED_ROWS // tile + (queries if rows % tile else 0)
         yield self._bytes(base + rotated + pooled, tables, 0, _SCORED * pairs)
 
-    def _read_out(self, stop: int) -> int:
-        """Numbers of the keys and values of a layer that a cache in 8 bits hands out, pieces in float32 included."""
+    def _read_out(self, keys: int) -> int:
+        """Numbers of the keys and values of a layer that a cache in 8 bits hands out."""
         if self.settings.kv_cache not in eight_bit.KINDS:
             return 0
-        width = self.batch * self.shape.kv_heads * self.shape.head_dim
-        return width * (2 * stop + _IN_FLOAT32 * min(stop, AT_A_TIME) * 4 // self.dtype.itemsize)
+        return 2 * self.batch * self.shape.kv_heads * self.shape.head_dim * min(room_for(keys), self.tokens)
 
     def _inside_mlp(self, rows: int) -> int:
         """Numbers in one slice of an MLP, or in the experts, which take a chunk at once."""
