@@ -299,7 +299,7 @@ def shapes_of(model: Any, device: torch.device) -> Shapes:
         head_dim(model.config),
         model.config.hidden_size,
         model.config.intermediate_size,
-        hasattr(first.self_attn, "q_norm"),
+        hasattr(getattr(first, "self_attn", None), "q_norm"),
         hasattr(mlp, "down_proj") and takes_rows(mlp.down_proj),
     )
 

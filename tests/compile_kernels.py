@@ -25,7 +25,7 @@ from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.norm import _norm, _silu_mul
 from qwen_longctx.ops.read_out import _read_out
-from qwen_longctx.ops.rotate import _rotate
+from qwen_longctx.ops.rotate import _place, _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 from qwen_longctx.ops.thin import _thin
 
@@ -88,6 +88,11 @@ KERNELS = [
         _rotate,
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
+    ),
+    (
+        _place,
+        {**dict.fromkeys(("k", "v", "cos", "sin", "keys", "values"), "*bf16"), "slot": "*i64"},
+        {"HALF": 64, "DIM": 64},
     ),
     *(
         (

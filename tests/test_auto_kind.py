@@ -24,7 +24,7 @@ from qwen_longctx.prefill.peak import Prefill
 
 # bytes of a token in two layers with two heads of eight numbers, for keys and values
 A_TOKEN = {"device": 2 * 2 * 2 * 8 * 4, "int8": 2 * (2 * 2 * (8 + 4) + 4)}
-SETTINGS = {"chunk_size": 256, "local_size": 64, "prefill_chunk_size": 512, "sparse": "off"}
+SETTINGS = {"chunk_size": 256, "local_size": 64, "prefill_chunk_size": 512, "sparse": "off", "cuda_graphs": False}
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 LOGGER = "qwen_longctx.patches.room"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +147,8 @@ def _warm_up(
     model = random_model(device, tiny, layers=1, shape=shape)
     for overrides in runs:
         _first_token(model, ids, overrides, device)
+    del model
+    gc.collect()  # patched modules and their methods refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the long run finds its memory in one piece
 

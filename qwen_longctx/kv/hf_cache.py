@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from qwen_longctx import settings_of
 from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
+from qwen_longctx.geometry.rotary import RotaryTables
 from qwen_longctx.kv import saved
 from qwen_longctx.kv.eight_bit import EightBitStore, Turning
 from qwen_longctx.kv.host import HostStore, Staging, is_apart
@@ -404,11 +405,11 @@ def append(
 
 
 def write(
-    cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor, spots: torch.Tensor
+    cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor, tables: RotaryTables
 ) -> Store:
-    """Put a token of every row into one layer where the device says, see `Store.write`."""
+    """Rotate the key of a token of every row and put it into one layer where the device says, see `Store.write`."""
     store = cache.layers[layer].store
-    store.write(k, v, slot, spots)
+    store.write(k, v, slot, tables.keys, tables.spots)
     return store
 
 

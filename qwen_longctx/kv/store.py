@@ -13,6 +13,7 @@ import torch
 
 from qwen_longctx.ops.eight_bit import EightBit
 from qwen_longctx.ops.means import mean_keys, write_mean
+from qwen_longctx.ops.rotate import place
 
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
@@ -155,21 +156,31 @@ class Store:
             self._grow(stop)
         return self.buffers
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
+    def write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        spots: torch.Tensor,
+    ) -> None:
         """Put a token of every row where the device says, so that a captured graph can repeat it; `count` counts it.
 
         Parameters
         ----------
         k, v : torch.Tensor
-            Shape (batch, 1, kv_heads, head_dim), of the dtype in which keys are handed out, on their device.
+            Shape (batch, 1, kv_heads, head_dim), of the dtype in which keys are handed out, on their device; `k` is not
+            rotated.
         slot : torch.Tensor
             Shape (1,), int64, on that device: a number within the room.
+        table : tuple of torch.Tensor
+            By which to rotate `k`, as `ops.rotate.rotate` takes it.
         spots : torch.Tensor
-            Shape (1 or batch, 1), integer, on that device: where `k` was rotated to, for stores that ask.
+            Shape (1 or batch, 1), integer, on that device: where that is, for stores that ask.
         """
         assert self.buffers is not None
-        for buffer, new in zip(self.buffers, (k, v), strict=True):
-            buffer.index_copy_(1, slot, new)
+        keys, values = self.buffers
+        place(k, v, *table, (keys, values), slot)
 
     def count(self, length: int, means: bool = False) -> None:
         """Hold the first `length` tokens, all of which have been written.

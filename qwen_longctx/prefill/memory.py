@@ -188,10 +188,11 @@ def free_bytes(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(index)
 
 
 def free_host_bytes() -> int | None:
