@@ -49,7 +49,7 @@ def _apart(monkeypatch):
     """Devices have memory of their own, and sequences of the tests are of many pieces."""
     monkeypatch.setattr(hf_cache, "is_apart", lambda device: True)
     monkeypatch.setattr(host, "UNIT", 64)
-    monkeypatch.setattr(host, "_PIECE", 64)
+    monkeypatch.setattr(host, "_PIECE", 1)
     monkeypatch.setattr(host, "_FEW", 70)
 
 
