@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.ops import fp8, norm
+from qwen_longctx.ops import fp8, norm, thin
 from qwen_longctx.ops.fp8 import Rows
-from qwen_longctx.patches.linear import rows_for, takes_rows
+from qwen_longctx.patches.linear import rows_for, takes_rows, thin_weights
 from qwen_longctx.patches.method import PatchedMethod
 
 _DEFAULT = LongContextConfig.mlp_chunk_size
@@ -24,6 +24,8 @@ def mlp_forward(
     shape, is added to the result in place.
     """
     size = patched.overrides.get("mlp_chunk_size", _DEFAULT)
+    if (few := _few_rows(self, x)) is not None:
+        return few if residual is None else residual.add_(few)
     if residual is not None:
         for start in range(0, residual.shape[-2], size):
             at = slice(start, start + size)
@@ -42,6 +44,14 @@ def mlp_forward(
         out[..., start : start + size, :] = part
     assert out is not None
     return out
+
+
+def _few_rows(self: Any, x: torch.Tensor | Rows) -> torch.Tensor | None:
+    """The MLP of a decoded token, where it runs in two launches."""
+    if self.config.hidden_act != "silu" or self.act_fn._forward_hooks or self.act_fn._forward_pre_hooks:
+        return None
+    held = thin_weights(x, self.gate_proj, self.up_proj, self.down_proj)
+    return None if held is None else thin.linear(thin.silu_mul(x, *held[:2]), held[2])[0]
 
 
 def in_8_bits(module: Any) -> bool:

@@ -182,12 +182,17 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
         mode = "train"
+        if getattr(cache, "kv_cache", None) == "auto":
+            cache.settle("device")
         if getattr(cache, "kv_cache", "device") != "device":
             raise Unsupported(
                 f'a cache of kind "{cache.kv_cache}" has no gradients: call the model under torch.no_grad(), or make '
                 'the cache with kv_cache="device"'
             )
-    if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
+    new = cache is None and _wants_new_cache(
+        model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size
+    )
+    if new:
         kind = "device" if mode == "train" else settings.kv_cache
         cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0, kv_cache=kind)
     held = held_tokens(cache)
@@ -211,7 +216,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     drafts = state is not None and state.prompt_end is not None and held >= state.prompt_end
     if mode == "prefill" and not weights and not drafts:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
-    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base, trusted)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base, trusted, new)
 
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:
@@ -369,8 +374,8 @@ def needs_gradients(model: Any, inputs_embeds: torch.Tensor | None, cache: Any) 
         return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
         return True
-    eight_bit = getattr(cache, "kv_cache", "device") != "device"  # whose keys are worked out as they are read
-    layers = () if eight_bit else getattr(cache, "layers", ())
+    read_out = getattr(cache, "kv_cache", "device") != "device"  # whose keys are other tensors at every look
+    layers = () if read_out else getattr(cache, "layers", ())
     if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in layers):
         return True
     return any(parameter.requires_grad for parameter in model.parameters())
