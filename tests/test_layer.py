@@ -43,8 +43,9 @@ def test_norms_are_those_of_pytorch(device, added, shape, exact_cast):
     torch.testing.assert_close(rows.scales, scales)
     found, wanted = rows.values.float(), (normed / scales).to(fp8.E4M3).float()
     # a GPU divides to two places in the last bit, which takes one in ten thousand to the next number of 8 bits
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5 if device == "cpu" else 0.13)
-    assert x.numel() < 1000 or ((found - wanted).abs() > 1e-3 * wanted.abs()).float().mean() < 1e-3
+    atol, rtol = (1e-4, 1e-5) if device == "cpu" else (2e-3, 0.13)
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=rtol)
+    assert x.numel() < 1000 or ((found - wanted).abs() > 1e-3 * wanted.abs() + 1e-4).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
