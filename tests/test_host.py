@@ -34,9 +34,10 @@ from qwen_longctx.kv.store import Store, mean_keys
 from qwen_longctx.ops.decode import BLOCK
 from qwen_longctx.ops.fetch import fetch, fetch_triton, places_of
 from qwen_longctx.patches import graphs, room
-from qwen_longctx.patches.method import cache_argument
+from qwen_longctx.patches.method import cache_argument, cache_of
 from qwen_longctx.prefill import memory as estimates
 from qwen_longctx.prefill.memory import Need
+from qwen_longctx.prefill.peak import Prefill
 from qwen_longctx.shapes import known_config
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -453,6 +454,35 @@ def test_a_run_counts_what_is_there_already(monkeypatch):
     model.generate(prompt(320), past_key_values=cache, max_new_tokens=200, stopping_criteria=stop)
     assert looked == {"layers": 2, "host_room": 320, "tokens": 520, "room": 400}
     assert base is model.model
+
+
+@torch.no_grad()
+def test_auto_takes_the_host_where_nothing_else_fits(monkeypatch):
+    model = patch_qwen(tiny_model(num_hidden_layers=12), kv_cache="auto", sparse="off", cuda_graphs=False)
+    ids, tokens = prompt(1500), 1508
+    settings = replace(settings_of(model), kv_cache="host")
+    shape = Shape.of(model.config)
+    needed = {
+        kind: estimates.kv_bytes(shape, torch.float32, kind) * tokens
+        + Prefill(shape, tokens, 1, torch.float32, replace(settings, kv_cache=kind)).peak().total
+        for kind in ("device", "int8", "host")
+    }
+    assert needed["host"] < needed["int8"] < needed["device"]
+    host_needs = estimates.kv_bytes(shape, torch.float32) * tokens
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs)
+    found = {}
+    for kind, size in needed.items():
+        monkeypatch.setattr(estimates, "free_bytes", lambda device, size=size: size)
+        out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        assert cache_of(out).kv_cache == kind
+        found[kind] = out.sequences
+    assert torch.equal(found["host"], found["device"])
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs - 1)
+    with pytest.raises(DoesNotFit, match="of host memory for keys and values"):
+        model.generate(ids, **GREEDY)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: needed["host"] - 1)
+    with pytest.raises(DoesNotFit, match="of KV cache"):
+        model.generate(ids, **GREEDY)
 
 
 def vars_of(shape, need):
