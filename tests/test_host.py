@@ -229,27 +229,37 @@ def check(store, both, dice):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
-def test_no_host_memory_in_mid_prefill_leaves_model_and_cache_usable(device, monkeypatch):
-    model = patch_qwen(tiny_model().to(device), prefill_chunk_size=40, kv_cache="host")
-    ids, more = prompt(300, 1, device), prompt(90, 1, device, seed=2)
-    cache, calm = LongContextCache(kv_cache="host"), LongContextCache(kv_cache="host")
+def test_no_memory_in_mid_prefill_leaves_model_and_cache_usable(device, first, monkeypatch):
+    """On the host or on the device, before it is taken or right after."""
+    model = patch_qwen(tiny_model(num_hidden_layers=3).to(device), prefill_chunk_size=40, kv_cache="host")
+    ids, more = prompt(400, 1, device), prompt(90, 1, device, seed=2)
+    cache, calm = LongContextCache(kv_cache="host"), LongContextCache()
     for one in (cache, calm):
         logits(model, ids[:, :50], [], None, one)
-    for error in (OSError("no memory"), KeyboardInterrupt()):
-        taken = []
+    for owner, name, error, at in (
+        (pinned, "_fresh", OSError("no memory"), 3),
+        (pinned, "_fresh", KeyboardInterrupt(), 2),
+        (host._Slot, "give", torch.OutOfMemoryError("no memory"), 7),
+        (host._Slot, "give", KeyboardInterrupt(), 16),
+    ):
+        calls, original = [], getattr(owner, name)
 
-        def fails(size, error=error, taken=taken, fresh=pinned._fresh):
-            taken.append(size)
-            if len(taken) == 3:
+        def fails(*arguments, original=original, error=error, calls=calls, at=at):
+            calls.append(arguments)
+            if first and len(calls) == at:
                 raise error
-            return fresh(size)
+            result = original(*arguments)
+            if len(calls) == at:
+                raise error
+            return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(pinned, "_fresh", fails)
+            patch.setattr(owner, name, fails)
             with pytest.raises(type(error)):
                 logits(model, ids[:, 50:], [], None, cache)
-        assert [layer.get_seq_length() for layer in cache.layers] == [50, 50]
+        assert [layer.get_seq_length() for layer in cache.layers] == [50] * 3
     assert torch.equal(logits(model, more, [60], None, cache), logits(model, more, [60], None, calm))
     assert same(cache, calm)
 
