@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="needs Triton")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = (
     *("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join"),
-    *("mean_logits", "mean_scores", "best_blocks", "thin", "read_out", "norm", "silu_mul"),
+    *("mean_logits", "mean_scores", "best_blocks", "thin", "read_out", "norm", "silu_mul", "write", "write_mean"),
 )
 NEWER = ("rows",)  # kernels that need compute capability 8.9
 HEADS = [(4, 2), (6, 1), (3, 3)]
