@@ -58,16 +58,18 @@ def attention_forward(
     q, k, v = (x.view(shape) for x in _projected(hidden_states, self.q_proj, self.k_proj, self.v_proj))
     if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
-    k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
-    kv: Store | Tensors = Tensors(k, v)
+    tables = dual_chunk.tables
+    kv: Store | Tensors
     if dual_chunk.slot is not None:
-        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot, dual_chunk.tables.spots)
-    elif past_key_values is not None:
-        tables = dual_chunk.tables
-        # a norm leaves no bias to take out, and layers that quantise weights may name none
-        bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
-        turning = Turning(tables.spots, *tables.source)
-        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
+        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot, tables)
+    else:
+        k = cast(rotate(k, tables.keys), v.dtype)  # under autocast norms and tables are float32
+        kv = Tensors(k, v)
+        if past_key_values is not None:
+            # a norm leaves no bias to take out, and layers that quantise weights may name none
+            bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
+            turning = Turning(tables.spots, *tables.source)
+            kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
     tokens, dtype = kv.size()
     if tokens < dual_chunk.length:
         raise PatchConflict(

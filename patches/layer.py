@@ -9,7 +9,7 @@ from torch import nn
 
 from qwen_longctx.ops import norm, thin
 from qwen_longctx.patches.attention import attention_forward
-from qwen_longctx.patches.linear import takes_rows
+from qwen_longctx.patches.linear import Fp8Linear, takes_rows
 from qwen_longctx.patches.method import PatchedMethod, runs_as
 from qwen_longctx.patches.mlp import in_8_bits, mlp_forward
 from qwen_longctx.patches.norm import norm_forward
@@ -55,4 +55,13 @@ def _suits(layer: Any, hidden: torch.Tensor) -> bool:
     if parts.keys() != _PARTS.keys() or not all(runs_as(parts[name], function) for name, function in _PARTS.items()):
         return False
     norms = parts["input_layernorm"], parts["post_attention_layernorm"]
-    return all((one.weight.dtype, one.weight.device) == (hidden.dtype, hidden.device) for one in norms)
+    if any((one.weight.dtype, one.weight.device) != (hidden.dtype, hidden.device) for one in norms):
+        return False
+    return all(_returns(one, hidden.dtype) for one in (layer.self_attn.o_proj, layer.mlp.down_proj))
+
+
+def _returns(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether what a layer returns is known to be of `dtype`, so that a residual takes it without a change of dtype."""
+    if type(linear) is Fp8Linear:
+        return linear._kept.weight.dtype == dtype
+    return type(linear) is nn.Linear and linear.weight.dtype == dtype

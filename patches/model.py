@@ -299,7 +299,7 @@ def shapes_of(model: Any, device: torch.device) -> Shapes:
         head_dim(model.config),
         model.config.hidden_size,
         model.config.intermediate_size,
-        hasattr(first.self_attn, "q_norm"),
+        hasattr(getattr(first, "self_attn", None), "q_norm"),
         hasattr(mlp, "down_proj") and takes_rows(mlp.down_proj),
     )
 
@@ -374,8 +374,8 @@ def needs_gradients(model: Any, inputs_embeds: torch.Tensor | None, cache: Any) 
         return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
         return True
-    eight_bit = getattr(cache, "kv_cache", "device") != "device"  # whose keys are worked out as they are read
-    layers = () if eight_bit else getattr(cache, "layers", ())
+    read_out = getattr(cache, "kv_cache", "device") != "device"  # whose keys are other tensors at every look
+    layers = () if read_out else getattr(cache, "layers", ())
     if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in layers):
         return True
     return any(parameter.requires_grad for parameter in model.parameters())

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from qwen_longctx.checkpoint import Shape, local_shape
 from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.kv.host import HostStore
 from qwen_longctx.kv.sequence import held_tokens, sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.prefill import memory
@@ -31,7 +32,12 @@ _REORDERED = 1.5  # as beams take other rows
 
 
 def check_room(
-    base: Any, need: Need, settings: LongContextConfig, cache: Any = None, others: Others | None = None
+    base: Any,
+    need: Need,
+    settings: LongContextConfig,
+    cache: Any = None,
+    others: Others | None = None,
+    before: int = 0,
 ) -> None:
     """Refuse what cannot fit beside the weights, device by device, and decide the kind of a cache of kind "auto".
 
@@ -46,7 +52,9 @@ def check_room(
         `kv_cache` is the kind of the cache.
     cache : transformers Cache, optional
     others : callable, optional
-        ``others(kind)``: bytes by device that are still to be taken beside the run, if its cache is of a kind. They
+        ``others(kind)``: bytes by device that are still to be taken beside the run, if its cache is of a kind.
+    before : int
+        Bytes that something else takes for a time while the cache is there, and the run itself is not under way. Both
         count where the kind is decided, and refuse nothing.
 
     Raises
@@ -62,8 +70,10 @@ def check_room(
     if all(rule_name(settings, device, need.dtype, shape.head_dim) is None for device in known):
         settings = replace(settings, sparse="off")  # "auto" gives way where no fast kernel takes block lists
     devices = [Device(str(device), layers[device], free) for device, free in known.items()]
+    on_host = replace(shape, layers=sum(layers[device] for device in known))
     if settings.kv_cache != "auto":
         memory.check_fits(shape, devices, need, settings)
+        memory.check_host_fits(on_host, need, settings)
         return
 
     def left(kind: str) -> list[Device]:
@@ -71,10 +81,18 @@ def check_room(
         return [one._replace(free=one.free - taken[torch.device(one.name)]) for one in devices]
 
     tried = [Tried(replace(settings, kv_cache=kind), left(kind)) for kind in AUTO_KV_CACHES]
-    chosen = next((one for one in tried if memory.fits(shape, one.devices, need, one.settings)), tried[-1])
+
+    wanted = need._replace(at_the_end=max(need.at_the_end, before))
+
+    def lacks(one: Tried) -> int:
+        size, device = memory.fullest(shape, one.devices, wanted, one.settings)
+        return size - device.free
+
+    chosen = next((one for one in tried if lacks(one) <= 0), min(tried, key=lacks))
     memory.check_fits(shape, devices, need, chosen.settings)
+    memory.check_host_fits(on_host, need, chosen.settings)
     cache.settle(chosen.settings.kv_cache)
-    _tell(shape, need, tried[0], chosen)
+    _tell(shape, wanted, tried[0], chosen)
 
 
 class Tried(NamedTuple):
@@ -108,16 +126,12 @@ def bytes_of_cache(base: Any, tokens: int, rows: int, kind: str) -> Counter[torc
     )
 
 
-def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextConfig) -> Counter[torch.device]:
-    """Bytes by device that a prefill of another model takes beside its cache; the most of all kinds that may be."""
+def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextConfig) -> int:
+    """Bytes that a prefill of another model takes beside its cache, the most of all devices and kinds that may be."""
     kinds = AUTO_KV_CACHES if settings.kv_cache == "auto" else (settings.kv_cache,)
-
-    def most(layers: int) -> int:
-        shape = replace(local_shape(base), layers=layers)
-        cases = (replace(settings, kv_cache=kind) for kind in kinds)
-        return max(Prefill(shape, tokens, rows, base.dtype, one).peak().total for one in cases)
-
-    return Counter({device: most(layers) for device, layers in _layers_of(base).items()})
+    shapes = [replace(local_shape(base), layers=layers) for layers in _layers_of(base).values()]
+    cases = ((shape, replace(settings, kv_cache=kind)) for shape in shapes for kind in kinds)
+    return max(Prefill(shape, tokens, rows, base.dtype, one).peak().total for shape, one in cases)
 
 
 def take_room(base: Any, cache: LongContextCache, rows: int) -> None:
@@ -164,17 +178,19 @@ def with_kind_of(cache: Any, settings: LongContextConfig) -> LongContextConfig:
 
 def need_of(base: Any, cache: Any, tokens: int, rows: int, *, padded: bool, beams: bool = False) -> Need:
     """What a run of `rows` rows up to `tokens` tokens needs beside what its cache, if there is one, holds already."""
-    held, room, copied = held_tokens(cache), 0, 0.0
+    held, room, host_room, copied = held_tokens(cache), 0, 0, 0.0
     if isinstance(cache, LongContextCache):
-        buffers = [layer.store.buffers for layer in cache.layers]
-        taken = [0 if both is None or both[0].shape[0] != rows else both[0].shape[1] for both in buffers]
-        room = min(taken, default=0)
+        stores = [layer.store for layer in cache.layers]
+        room = min((store.room_for(rows) for store in stores), default=0)
+        if any(isinstance(store, HostStore) for store in stores):
+            staged = [store.staged_for(rows) for store in stores if isinstance(store, HostStore)]
+            room, host_room = min(staged), room
         copied = _GROWN if held and tokens > room else 0.0
     elif type(cache) is DynamicCache and not getattr(cache, "offloading", False):
         room, copied = held, _JOINED
     elif cache is not None:
         room = tokens  # a cache of another kind lies elsewhere, or takes less
-    return Need(tokens, rows, base.dtype, held, room, padded=padded, copied=_REORDERED if beams else copied)
+    return Need(tokens, rows, base.dtype, held, room, host_room, padded=padded, copied=_REORDERED if beams else copied)
 
 
 def _layers_of(base: Any) -> Counter[torch.device]:

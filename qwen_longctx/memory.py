@@ -67,7 +67,7 @@ class Plan:
     gpus : int
         Cards among which the layers are dealt out, in order and as evenly as they go.
     memory : Memory
-        Bytes of weights, KV cache, activations and selection on the card that holds most.
+        Bytes of weights, KV cache, activations and selection on the card that holds most, and of the host's memory.
     suggestions : tuple of Suggestion
         Where the run does not fit: changes with which it does, the mildest first.
     """
@@ -95,7 +95,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             ("weights", self.memory.weights),
-            ("KV cache", self.memory.kv_cache),
+            ("KV of two layers" if self.memory.host else "KV cache", self.memory.kv_cache),
             ("activations", self.memory.activations),
             ("selection scratch", self.memory.selection),
             ("total", self.memory.total),
@@ -104,6 +104,8 @@ class Plan:
         title += f", keys and values in {kind}" if (kind := self.settings.get("kv_cache", "device")) != "device" else ""
         title += f", on the fullest of {self.gpus} cards" if self.gpus > 1 else ""
         lines = [title, *(f"  {name:<18}{size / GIB:>10,.2f} GiB" for name, size in rows)]
+        if self.memory.host:
+            lines.append(f"  {'on the host':<18}{self.memory.host / GIB:>10,.2f} GiB, keys and values of all layers")
         if self.gpu is not None:
             lines.append(f"  {'card':<18}{self.gpu / GIB:>10,.2f} GiB, of which {SPARE / GIB:.2f} are left to CUDA")
             lines.append(self._verdict())

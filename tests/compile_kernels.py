@@ -18,13 +18,14 @@ from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
 from qwen_longctx.ops.eight_bit import _write
+from qwen_longctx.ops.fetch import _fetch
 from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.norm import _norm, _silu_mul
 from qwen_longctx.ops.read_out import _read_out
-from qwen_longctx.ops.rotate import _rotate
+from qwen_longctx.ops.rotate import _place, _rotate
 from qwen_longctx.ops.row_lse import _row_lse
 from qwen_longctx.ops.thin import _thin
 
@@ -87,6 +88,11 @@ KERNELS = [
         _rotate,
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
+    ),
+    (
+        _place,
+        {**dict.fromkeys(("k", "v", "cos", "sin", "keys", "values"), "*bf16"), "slot": "*i64"},
+        {"HALF": 64, "DIM": 64},
     ),
     *(
         (
@@ -217,6 +223,11 @@ KERNELS = [
         )
         for dtype, scales, none in (("bf16", (), SCALES), ("fp8e4nv", SCALES, ()))
         for gated in (False, True)
+    ),
+    (
+        _fetch,
+        {"places": "*i64", "blocks": "*i32", "target": "*bf16"},
+        {"UNIT": 256, "BLOCK": 64, "HEAD_DIM": 128, "DIM": 128},
     ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]

@@ -49,6 +49,7 @@ OPERATIONS = (
     ),
     (norm, "silu_mul_triton", ("_silu_mul",), lambda gate, up: gate),
     (rotate, "rotate_triton", ("_rotate",), rotate.rotate),
+    (rotate, "place_triton", ("_place",), rotate.place),
     (merge, "merge_triton", ("_merge",), merge.merge),
     (row_lse, "row_lse_triton", ("_row_lse",), row_lse.row_lse),
     (block_shares, "block_shares_triton", ("_block_shares",), block_shares.block_shares),

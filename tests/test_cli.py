@@ -149,7 +149,7 @@ def test_a_limit_of_memory():
         with pytest.raises(torch.OutOfMemoryError):
             torch.empty(1 << 30, device=device)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")

@@ -223,6 +223,16 @@ def test_layers_of_others_stay(fused):
     assert torch.equal(logits(model), wanted)
     assert fused.count("add_rms_norm") == 3  # of the last
     fused.clear()
+
+    class Linear(torch.nn.Linear):
+        """Of which nobody knows what dtype it returns."""
+
+    model = model_of(num_hidden_layers=3)
+    model.model.layers[0].mlp.down_proj.__class__ = model.model.layers[1].self_attn.o_proj.__class__ = Linear
+    patch_qwen(model, **HOW)
+    assert torch.equal(logits(model), plainly(model))
+    assert fused.count("add_rms_norm") == 3  # of the last
+    fused.clear()
     model = patch_qwen(model_of(dtype=torch.float32), **HOW)
     with torch.autocast("cpu", BF16):
         assert torch.equal(logits(model), plainly(model))

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen
+from qwen_longctx.bench.limit import limit_memory
 from qwen_longctx.bench.shapes import model_config
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import DoesNotFit, InvalidValue
@@ -424,6 +425,33 @@ def test_nothing_is_known_of_a_cpu(monkeypatch, model):
     assert memory.free_bytes(torch.device("cpu")) is None and memory.free_bytes(torch.device("meta")) is None
     monkeypatch.setattr(memory, "check_fits", lambda *args: pytest.fail("asked"))
     generate(model, prompt(1100))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_what_a_limit_of_the_process_leaves(monkeypatch, device):
+    """Counted by index: these functions of torch take no device without one."""
+    used = {"free": 70, "reserved": 20, "allocated": 15, "share": 1.0}
+
+    def asked(name):
+        def answer(index):
+            assert index == (1 if device == "cuda:1" else 0) and isinstance(index, int)
+            return (used["free"], 100) if name == "free" else used[name]
+
+        return answer
+
+    names = ("mem_get_info", "memory_reserved", "memory_allocated", "get_per_process_memory_fraction")
+    for name, kind in zip(names, used, strict=True):
+        monkeypatch.setattr(torch.cuda, name, asked(kind))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert memory.free_bytes(torch.device(device)) == 75
+    used["share"] = 0.5  # of which 15 are allocated
+    assert memory.free_bytes(torch.device(device)) == 35
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given))
+    limit_memory(25, torch.device(device))
+    assert limits == [(0.25, 1 if device == "cuda:1" else 0)]
+    with pytest.raises(InvalidValue, match="give a smaller limit"):
+        limit_memory(101, torch.device(device))
 
 
 def test_sparse_by_default_is_dense_where_no_fast_kernel_runs(monkeypatch):

@@ -56,7 +56,8 @@ def following(model, cache, tokens=7, **arguments) -> torch.Tensor:
     """Logits of some tokens behind a cache, which is left as it was."""
     held = cache.get_seq_length()
     batch = cache.layers[0].store.buffers[0].shape[0]
-    found = model(prompt(tokens, batch, seed=2), **cache_argument(cache), **arguments).logits
+    ids = prompt(tokens, batch, seed=2).to(model.device)
+    found = model(ids, **cache_argument(cache), **arguments).logits
     cache.crop(held)
     return found
 
@@ -765,11 +766,11 @@ def test_an_error_in_the_middle_of_a_save(model, folder, monkeypatch):
     for error in (KeyboardInterrupt, RuntimeError):
         calls = []
 
-        def pieces(tensor, calls=calls, error=error):
-            calls.append(tensor)
+        def pieces(parts, calls=calls, error=error, original=saved._pieces):
+            calls.append(parts)
             if len(calls) == 4:
                 raise error("stop")
-            yield from (row for row in tensor) if tensor.ndim > 1 else (tensor,)
+            yield from original(parts)
 
         with monkeypatch.context() as patch:
             patch.setattr(saved, "_pieces", pieces)

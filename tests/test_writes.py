@@ -94,6 +94,11 @@ def test_what_is_no_number_has_a_scale_that_is_none(device, kind):
     assert scales[0] == 0 and not found[0][0, 0].any() and not scales[1:].isfinite().any()
 
 
+def unturned(k):
+    """The table that rotates by nothing."""
+    return k.new_ones(1, 1, 1, k.shape[3]), k.new_zeros(1, 1, 1, k.shape[3])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_at_a_time_is_held_as_all_at_once(device, kind):
@@ -106,7 +111,7 @@ def test_a_token_at_a_time_is_held_as_all_at_once(device, kind):
     other.append(k[:, :30], v[:, :30], bias, Turning(spots[:, :30], frequencies(16, device), 1.0))
     for at in range(30, 40):
         slot = torch.tensor([at], device=device)
-        other.write(k[:, at : at + 1], v[:, at : at + 1], slot, spots[:, at : at + 1].int())
+        other.write(k[:, at : at + 1], v[:, at : at + 1], slot, unturned(k), spots[:, at : at + 1].int())
         other.count(at + 1)
     for a, b in zip(one.buffers, other.buffers, strict=True):
         assert torch.equal(a[:, :40], b[:, :40])
@@ -168,7 +173,7 @@ def test_means_are_known_alike_by_device_and_host(kind, monkeypatch):
             return append(1)
         k = torch.randn(2, 1, 2, 16)
         slot = torch.tensor([at])
-        store.write(k, k, slot, slot[None])
+        store.write(k, k, slot, unturned(k), slot[None])
         store.means_room(8, slot)
         store.count(at + 1, means=True)
         plain = torch.cat((plain, k), 1)

@@ -52,7 +52,7 @@ def attend(
     """
     if layout.reach is not None:
         blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale, slot=layout.slot)
-        return decode(q, *kv.room(), layout.reach, scale=scale, blocks=blocks)
+        return decode(q, *kv.room(blocks), layout.reach, scale=scale, blocks=blocks)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)

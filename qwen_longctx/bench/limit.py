@@ -22,9 +22,10 @@ def limit_memory(limit: int, device: torch.device) -> None:
     """
     if device.type != "cuda":
         raise Unsupported("a limit of memory is kept by CUDA devices only: leave --memory-limit out here")
-    _, total = torch.cuda.mem_get_info(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    _, total = torch.cuda.mem_get_info(index)
     if limit > total:
         raise InvalidValue(
             f"--memory-limit is {limit / GIB:.1f} GiB and the device has {total / GIB:.1f} GiB: give a smaller limit"
         )
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)

@@ -18,9 +18,11 @@ _OPTIONS = {
     "whole_up_to": ("speed", "decode"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
-    "kv_cache": ("decode", "memory"),
+    "kv_cache": ("speed", "decode", "memory"),
     "shape": ("speed", "memory"),
     "memory_limit": ("speed", "memory"),
+    "prefill_chunk_size": ("speed",),
+    "sparse_only": ("speed",),
 }
 
 
@@ -45,13 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="decode, memory: how our cache holds keys and values")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory: how our cache is held")
     parser.add_argument("--shape", choices=SHAPES, help=f"speed, memory: shape of the model, {SHAPES[0]} by default")
     parser.add_argument(
         "--memory-limit",
         type=size_of_memory,
         metavar="SIZE",
         help="speed, memory: memory of the card that may be taken, such as 48GB",
+    )
+    parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed: tokens of a chunk")
+    parser.add_argument(
+        "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
     )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)

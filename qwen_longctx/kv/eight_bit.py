@@ -16,6 +16,7 @@ from qwen_longctx.kv.store import ALL_ROWS, Form, Store
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.ops.eight_bit import CODES, EightBit, KeyBias
 from qwen_longctx.ops.read_out import read_out
+from qwen_longctx.ops.rotate import rotate
 
 _SIZES = 8  # between a length and its double, to which what is read out is rounded up
 
@@ -101,10 +102,17 @@ class EightBitStore(Store):
         forms = self.forms(kv_heads, head_dim, k.dtype).values()
         return tuple(k.new_empty(1, dtype=one.dtype).expand(batch, tokens, *one.shape) for one in forms)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
+    def write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        spots: torch.Tensor,
+    ) -> None:
         """See `Store.write`; quantised on the way."""
         assert self.buffers is not None
-        eight_bit.write(self.buffers, k, v, spots, self.bias, slot=slot)
+        eight_bit.write(self.buffers, rotate(k, *table), v, spots, self.bias, slot=slot)
 
     def held(self) -> tuple[torch.Tensor, ...]:
         """See `Store.held`; with the bias."""
@@ -140,7 +148,7 @@ class EightBitStore(Store):
         spots = Form(torch.int32, ())
         return {"keys": codes, "key_scales": scales, "values": codes, "value_scales": scales, "spots": spots}
 
-    def room(self) -> tuple[EightBit, EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[EightBit, EightBit]:
         """See `KeyValues`. The buffers."""
         return self._held(ALL_ROWS, ALL_ROWS)
 

@@ -46,15 +46,29 @@ _THREADS = 8
 _LONGEST_HEADER = 100_000_000  # bytes, of the format
 
 
+Parts = list[torch.Tensor] | tuple[torch.Tensor, ...]  # of a tensor, following one another along its tokens
+
+
 class _Tensor(NamedTuple):
     """A tensor that goes into a file; `size` is in bytes."""
 
     name: str
-    tensor: torch.Tensor
+    parts: Parts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
 
     @property
     def size(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def shape(self) -> list[int]:
+        shape = list(self.parts[0].shape)
+        tokens = min(1, len(shape) - 1)
+        shape[tokens] = sum(part.shape[tokens] for part in self.parts)
+        return shape
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -77,7 +91,7 @@ def write(cache: Any, folder: Any) -> None:
         file.write(_header(tensors, about, checksums))
         for one in tensors:
             checksum = 0
-            for piece in _pieces(one.tensor):
+            for piece in _pieces(one.parts):
                 content = _bytes(piece.detach().cpu().contiguous())
                 checksum = zlib.crc32(content, checksum)
                 file.write(content)
@@ -103,21 +117,19 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
         )
     recall, budgets, record = _record(state.sparse)
     shape = Shape.of(base.config)
-    tensors = [_Tensor(_RECALL, recall), _Tensor(_BUDGETS, budgets)]
+    tensors = [_Tensor(_RECALL, [recall]), _Tensor(_BUDGETS, [budgets])]
     biases = [getattr(store, "bias", None) for store in stores]
     for number, (store, bias) in enumerate(zip(stores, biases, strict=True)):
         names = store.forms(shape.kv_heads, shape.head_dim, dtype)
-        parts = [
-            *zip(names, store.filled(), strict=True),
-            *([] if bias is None else zip(_BIAS, bias[:-1], strict=True)),
-        ]
-        tensors += [_Tensor(_name(number, part), tensor) for part, tensor in parts]
-    tensors.sort(key=lambda one: -one.tensor.element_size())  # the widest numbers first: they stay aligned
+        tensors += [_Tensor(_name(number, name), x) for name, x in zip(names, store.parts(length), strict=True)]
+        if bias is not None:
+            tensors += [_Tensor(_name(number, name), [x]) for name, x in zip(_BIAS, bias[:-1], strict=True)]
+    tensors.sort(key=lambda one: -one.dtype.itemsize)  # the widest numbers first: they stay aligned
     about = {
         "version": _VERSION,
         "length": length,
-        "kv_cache": cache.kv_cache,
-        "rows": stores[0].filled()[0].shape[0],
+        "kv_cache": "device" if cache.kv_cache == "host" else cache.kv_cache,  # the same numbers
+        "rows": stores[0].parts(length)[0][0].shape[0],
         "layers": len(stores),
         "dtype": str(dtype),
         "scalings": [None if bias is None else bias.scaling for bias in biases],
@@ -229,8 +241,7 @@ def _header(tensors: list[_Tensor], about: dict[str, Any], checksums: dict[str, 
     start = 0
     for one in tensors:
         stop = start + one.size
-        kind = _NAMES[one.tensor.dtype]
-        header[one.name] = {"dtype": kind, "shape": list(one.tensor.shape), "data_offsets": [start, stop]}
+        header[one.name] = {"dtype": _NAMES[one.dtype], "shape": one.shape, "data_offsets": [start, stop]}
         start = stop
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
@@ -250,7 +261,8 @@ def read(make: Callable[..., Any], folder: Any, model: Any, settings: LongContex
         with safe_open(path, framework="pt") as file:
             about = _about(file, path)
             _check(about, base, settings, path)
-            cache = make(max(capacity, about["length"] + STEP), kv_cache=about["kv_cache"])
+            kind = "host" if (about["kv_cache"], settings.kv_cache) == ("device", "host") else about["kv_cache"]
+            cache = make(max(capacity, about["length"] + STEP), kv_cache=kind)
             _fill(cache, file, about, base, path)
             recall, budgets = (_checked(file, name, about, path) for name in (_RECALL, _BUDGETS))
     except (SafetensorError, OSError) as error:
@@ -357,17 +369,16 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
                 f"the prefix in {path.parent} does not fit on {device}: keys and values of a layer take {size:,} "
                 f"bytes, and layer {number} found no room. Free memory there, or spread the model over several devices"
             ) from error
-        jobs += list(zip(names, held, store.buffers or (), strict=True))
-    length = about["length"]
+        jobs += list(zip(names, held, store.parts(about["length"]), strict=True))
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
-        found = pool.map(lambda job: _crc_of(job[1], job[2][:, :length]), jobs)
+        found = pool.map(lambda job: _crc_of(job[1], job[2]), jobs)
         for (name, *_), checksum in zip(jobs, found, strict=True):
             _compare(checksum, name, about, path)
     finally:
         pool.shutdown(cancel_futures=True)
     for layer in cache.layers:
-        layer.store.length = length
+        layer.store.length = about["length"]
 
 
 def _allocated(cache: Any, number: int, shape: Shape, dtype: torch.dtype, rows: int, device: torch.device) -> Any:
@@ -421,13 +432,13 @@ def _compare(checksum: str, name: str, about: dict[str, Any], path: Path) -> Non
         )
 
 
-def _crc_of(source: torch.Tensor, target: torch.Tensor | None = None) -> str:
-    """The CRC-32 of a tensor on the host, which is copied to `target` on the way: the file is read once."""
+def _crc_of(source: torch.Tensor, targets: Parts = ()) -> str:
+    """The CRC-32 of a tensor on the host, which is copied to `targets` on the way: the file is read once."""
     checksum = 0
-    copies = iter(()) if target is None else _pieces(target)
-    for piece in _pieces(source):
+    copies = _pieces(targets)
+    for piece in _pieces(source.split([part.shape[1] for part in targets], 1) if targets else (source,)):
         checksum = zlib.crc32(_bytes(piece), checksum)
-        if target is not None:
+        if targets:
             next(copies).copy_(piece)
     return f"{checksum:08x}"
 
@@ -444,15 +455,15 @@ def _plain(settings: LongContextConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=str))
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in its order, piece by piece; each lies in one stretch of memory if a row does."""
-    if tensor.ndim == 1:
-        yield tensor
+def _pieces(parts: Parts) -> Iterator[torch.Tensor]:
+    """A tensor that is given in parts, in its order and piece by piece; each lies in one stretch if a row does."""
+    if not parts or parts[0].ndim == 1:
+        yield from parts
         return
-    width = tensor[0, :1].numel() * tensor.element_size()
-    step = max(1, _PIECE // max(1, width))
-    for row in tensor:
-        yield from row.split(step)
+    step = max(1, _PIECE // max(1, parts[0][0, :1].nbytes))
+    for rows in zip(*parts, strict=True):
+        for row in rows:
+            yield from row.split(step)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

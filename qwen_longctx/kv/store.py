@@ -13,6 +13,7 @@ import torch
 
 from qwen_longctx.ops.eight_bit import EightBit
 from qwen_longctx.ops.means import mean_keys, write_mean
+from qwen_longctx.ops.rotate import place
 
 STEP = 16384  # tokens of free room that are added at most: a copy of a million tokens' keys for every so many tokens
 _SMALLEST = 256
@@ -26,8 +27,11 @@ class KeyValues(Protocol):
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values number `start` to `stop` of some rows, each (rows, tokens, kv_heads, head_dim)."""
 
-    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
-        """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything."""
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+        """Keys and values of all rows from number 0 on, with the free room behind them, which may hold anything.
+
+        With `blocks`, a list as `ops.decode.decode` takes it, so may whatever is not listed.
+        """
 
     def size(self) -> tuple[int, torch.dtype]:
         """Tokens for which there are keys or room, and the dtype in which keys and values are handed out."""
@@ -53,7 +57,7 @@ class Tensors(NamedTuple):
         """See `KeyValues`."""
         return _part(self.k, start, stop, rows), _part(self.v, start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`."""
         return self.k, self.v
 
@@ -152,21 +156,31 @@ class Store:
             self._grow(stop)
         return self.buffers
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, spots: torch.Tensor) -> None:
+    def write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        spots: torch.Tensor,
+    ) -> None:
         """Put a token of every row where the device says, so that a captured graph can repeat it; `count` counts it.
 
         Parameters
         ----------
         k, v : torch.Tensor
-            Shape (batch, 1, kv_heads, head_dim), of the dtype in which keys are handed out, on their device.
+            Shape (batch, 1, kv_heads, head_dim), of the dtype in which keys are handed out, on their device; `k` is not
+            rotated.
         slot : torch.Tensor
             Shape (1,), int64, on that device: a number within the room.
+        table : tuple of torch.Tensor
+            By which to rotate `k`, as `ops.rotate.rotate` takes it.
         spots : torch.Tensor
-            Shape (1 or batch, 1), integer, on that device: where `k` was rotated to, for stores that ask.
+            Shape (1 or batch, 1), integer, on that device: where that is, for stores that ask.
         """
         assert self.buffers is not None
-        for buffer, new in zip(self.buffers, (k, v), strict=True):
-            buffer.index_copy_(1, slot, new)
+        keys, values = self.buffers
+        place(k, v, *table, (keys, values), slot)
 
     def count(self, length: int, means: bool = False) -> None:
         """Hold the first `length` tokens, all of which have been written.
@@ -208,7 +222,7 @@ class Store:
 
     def _grow(self, least: int) -> None:
         assert self.buffers is not None
-        room = least + max(_SMALLEST, min(least // 2, STEP))
+        room = room_beyond(least)
         grown = []
         for old in self.buffers:
             try:
@@ -224,7 +238,7 @@ class Store:
         assert self.buffers is not None
         return _part(self.buffers[0], start, stop, rows), _part(self.buffers[1], start, stop, rows)
 
-    def room(self) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor | EightBit, torch.Tensor | EightBit]:
         """See `KeyValues`. The buffers."""
         assert self.buffers is not None
         return self.buffers[0], self.buffers[1]
@@ -254,31 +268,43 @@ class Store:
 
     def _fits(self, means: _Means, size: int) -> bool:
         """Whether there is room for the means of all keys for which there is room, and they can be written."""
-        assert self.buffers is not None
-        room = -(-self.buffers[0].shape[1] // size)
+        room = -(-self.tokens_of_room // size)
         writable = torch.is_inference_mode_enabled() or not means.buffer.is_inference()
         return means.size == size and means.buffer.shape[1] == room and writable
 
     def _new_means(self, size: int) -> _Means:
         """A buffer for the means of all keys for which there is room, with those that are known already."""
         empty, old = self._keys(0, 0), self._means
-        assert self.buffers is not None
-        buffer = empty.new_empty(empty.shape[0], -(-self.buffers[0].shape[1] // size), *empty.shape[2:])
+        buffer = empty.new_empty(empty.shape[0], -(-self.tokens_of_room // size), *empty.shape[2:])
         if old is None or old.size != size:
             return _Means(size, buffer)
         buffer[:, : old.known] = old.buffer[:, : old.known]
         return _Means(size, buffer, old.known)
 
     def _keys(self, start: int, stop: int) -> torch.Tensor:
+        """Keys number `start` to `stop` of all rows."""
         return self.segment(start, stop)[0]
+
+    def whole(self) -> tuple[torch.Tensor, ...] | None:
+        """Keys and values of all tokens held, as tensors that last; None if there is no memory for any yet."""
+        return None if self.buffers is None else self.segment(0, self.length)
 
     def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
         """What the buffers hold for each token, by name, where keys and values are handed out in `dtype`."""
         return dict.fromkeys(("keys", "values"), Form(dtype, (kv_heads, head_dim)))
 
-    def filled(self) -> tuple[torch.Tensor, ...]:
-        """The buffers without their free room, in the order of `forms`."""
-        return tuple(x[:, : self.length] for x in self.buffers or ())
+    def parts(self, length: int) -> list[list[torch.Tensor]]:
+        """The first `length` tokens of each buffer where they lie, in parts that follow one another."""
+        return [[x[:, :length]] for x in self.buffers or ()]
+
+    @property
+    def tokens_of_room(self) -> int:
+        """Tokens for which `room` has room."""
+        return 0 if self.buffers is None else self.buffers[0].shape[1]
+
+    def room_for(self, rows: int) -> int:
+        """Tokens of `rows` rows for which there is memory."""
+        return self.tokens_of_room if self.buffers is not None and self.buffers[0].shape[0] == rows else 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""
@@ -310,6 +336,11 @@ def _selected(x: torch.Tensor, rows: torch.Tensor, held: int, stays: bool) -> to
     new = x if stays else x.new_empty(len(chosen), *x.shape[1:])
     new[:, :held] = chosen
     return new
+
+
+def room_beyond(least: int) -> int:
+    """Tokens to make room for where `least` must find it and do not."""
+    return least + max(_SMALLEST, min(least // 2, STEP))
 
 
 def _part(x: torch.Tensor, start: int, stop: int, rows: slice) -> torch.Tensor:

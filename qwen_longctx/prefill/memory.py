@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
+from qwen_longctx.kv.host import STAGED
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
 from qwen_longctx.prefill.weights import Weights, weights_of
@@ -18,6 +20,10 @@ from qwen_longctx.prefill.weights import Weights, weights_of
 GIB = 1 << 30
 _SMALLEST_CHUNK = 1024  # tokens; smaller chunks save nothing that counts beside the KV cache
 _KINDS_IN_WORDS = {"int8": "keys and values in 8 bits", "host": "keys and values on the host"}
+_CONTAINERS = (  # of both versions of control groups: folder, limit, what is used, and what of it is idle
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,20 +33,24 @@ class Memory:
     Attributes
     ----------
     weights, kv_cache : int
+        Of a cache on the host, `kv_cache` are the buffers to which layers come up.
     activations : int
         Their peak within a prefill chunk.
     selection : int
         What choosing keys takes beside them in sparse prefill.
+    host : int
+        Keys and values of all layers in the host's memory, those of other devices included.
     """
 
     weights: int
     kv_cache: int
     activations: int
     selection: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Everything on the device together."""
         return self.weights + self.kv_cache + self.activations + self.selection
 
 
@@ -85,15 +95,26 @@ def on_fullest_card(
         part = replace(shape, layers=layers)
         if layers not in peaks:
             peaks[layers] = Prefill(part, tokens, batch, dtype, settings).peak()
-        found.append(Memory(size, kv_bytes(part, dtype, settings.kv_cache) * tokens * batch, *peaks[layers]))
+        cache, host = (
+            count(one, dtype, settings.kv_cache) * tokens * batch
+            for count, one in ((kv_bytes, part), (host_bytes, shape))
+        )
+        found.append(Memory(size, cache, *peaks[layers], host))
     return max(found, key=lambda memory: memory.total)
 
 
 def kv_bytes(shape: Shape, dtype: torch.dtype, kv_cache: str = "device") -> int:
-    """Bytes of keys and values that one token of one row leaves in a cache of a kind, see `LongContextConfig`."""
+    """Bytes on the device for keys and values of one token of one row, in a cache of a kind (`LongContextConfig`)."""
+    if kv_cache == "host":
+        shape = replace(shape, layers=min(STAGED, shape.layers))
     if kv_cache in eight_bit.KINDS:  # with a scale for each head, and where the token stands
         return shape.layers * (2 * shape.kv_heads * (shape.head_dim + 4) + 4)
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+
+
+def host_bytes(shape: Shape, dtype: torch.dtype, kv_cache: str) -> int:
+    """Bytes on the host for keys and values of one token of one row, in a cache of a kind."""
+    return kv_bytes(shape, dtype) if kv_cache == "host" else 0
 
 
 def most(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -126,14 +147,15 @@ class Need(NamedTuple):
     batch : int
         Rows, beams included.
     dtype : torch.dtype
-    held, room : int
-        Tokens that the cache holds already, and those for which it has taken memory.
+    held, room, host_room : int
+        Tokens that the cache holds already, those for which it has taken memory on the device, and on the host.
     outputs, at_the_end : int
         Bytes of what the call returns that are alive beside the last chunk, and all that is after it.
     padded : bool
         Whether rows begin or end at different places.
     copied : float
-        Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow.
+        Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow. On
+        the host neither takes memory of the device.
     own : bool
         Whether the settings say of what kind the cache is, or the caller has brought one.
     whole : bool
@@ -145,6 +167,7 @@ class Need(NamedTuple):
     dtype: torch.dtype
     held: int = 0
     room: int = 0
+    host_room: int = 0
     outputs: int = 0
     at_the_end: int = 0
     padded: bool = False
@@ -165,10 +188,64 @@ def free_bytes(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
-    return min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(index)
+
+
+def free_host_bytes() -> int | None:
+    """Bytes that this process can take of the host's memory; None where the system does not tell, as outside of Linux.
+
+    A container may have less than the machine.
+    """
+    free = [_of_meminfo(), *(_of_container(*names) for names in _CONTAINERS)]
+    return min((size for size in free if size is not None), default=None)
+
+
+def _of_meminfo() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _of_container(folder: str, limit: str, used: str, idle: str) -> int | None:
+    """What a control group leaves: files that it has read and does not need count as free."""
+    try:
+        most = int((Path(folder) / limit).read_text())
+        idle_bytes = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())[idle]
+        return max(0, most - int((Path(folder) / used).read_text()) + int(idle_bytes))
+    except (OSError, KeyError, ValueError):  # no limit is called "max"
+        return None
+
+
+def check_host_fits(shape: Shape, need: Need, settings: LongContextConfig) -> None:
+    """Raise before a run whose keys and values cannot fit into the host's memory.
+
+    Parameters
+    ----------
+    shape : Shape
+        `layers` are those whose keys and values lie on the host.
+    need : Need
+    settings : LongContextConfig
+
+    Raises
+    ------
+    MemoryError
+        With the bytes needed, the bytes free and the tokens that would fit.
+    """
+    each = host_bytes(shape, need.dtype, settings.kv_cache) * need.batch
+    needed, free = each * max(0, need.tokens - need.host_room), free_host_bytes()
+    if not needed or free is None or needed <= free:
+        return
+    raise DoesNotFit(
+        f"{need.batch} x {need.tokens:,} tokens need {needed / GIB:.1f} GiB {'more ' if need.host_room else ''}of host "
+        f"memory for keys and values, {free / GIB:.1f} GiB are free: {need.host_room + free // each:,} tokens would "
+        "fit. Shorten the prompt or max_new_tokens, or lower the number of beams"
+    )
 
 
 def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
@@ -298,7 +375,7 @@ def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfi
     part = replace(shape, layers=device.layers)
     each = kv_bytes(part, need.dtype, settings.kv_cache) * need.batch
     peak = _peak(shape, device, need, settings)
-    copied = int(need.copied * need.tokens * each / device.layers)
+    copied = int(need.copied * need.tokens * each / device.layers) if settings.kv_cache != "host" else 0
     return _Needed(each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied))
 
 
