@@ -21,6 +21,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.geometry.positions import spans
 from qwen_longctx.kv.store import STEP
+from qwen_longctx.memory import plan
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches import room
 from qwen_longctx.prefill import memory, peak
@@ -39,6 +40,7 @@ def measured(name):
     return [(name, tokens, most) for tokens, most in found if most is not None]
 
 
+BENCH = json.loads((RESULTS / "memory.json").read_text())["rows"]
 SPARSE = [row for name in ("speed_h200", "speed", "before_after/speed_after") for row in measured(name)]
 DENSE = measured("headline")
 
@@ -74,6 +76,13 @@ def test_measured_peaks(config, settings, name, tokens, bytes_at_peak):
     assert found.total == pytest.approx(bytes_at_peak, rel=0.01)
     beside = bytes_at_peak - found.weights - found.kv_cache
     assert found.activations + found.selection == pytest.approx(beside, rel=0.1)
+
+
+@pytest.mark.parametrize("row", BENCH, ids=lambda row: f"{row['tokens']}-{row['rows']}-{row['settings']}")
+def test_peaks_of_bench_memory(row):
+    """Of every kind of cache on the device, dense and sparse, linear layers in 8 bits, other chunks: within 5 %."""
+    found = plan("qwen2.5-7b-1m", row["tokens"] + 1, batch=row["rows"], **row["settings"]).memory
+    assert found.total == pytest.approx(row["peak_bytes"], rel=0.05)
 
 
 def test_the_shape_of_the_7b(config, settings):
