@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -213,7 +214,8 @@ def _check_memory(
             own = drafts[1].kv_cache
             taken += room.bytes_of_cache(drafts[0], length, rows, kind if own == "auto" else own)
         if target is not None:
-            taken += room.bytes_beside_cache(target[0], length, rows, target[1])
+            mine = room.bytes_beside_cache(model.model, length, rows, replace(settings, kv_cache=kind))
+            taken += room.bytes_beside_cache(target[0], length, rows, target[1]) - mine  # they take turns
         return taken
 
     room.check_room(model.model, need, room.with_kind_of(cache, settings), cache, others)
