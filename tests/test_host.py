@@ -101,7 +101,7 @@ def test_sparse_prefill_bit_for_bit(device, rule):
             **rule,
             "sparse_attention_config": [{str(head): ["vertical_and_slash", 64, 96, 1.0] for head in range(4)}] * 2,
         }
-    model = tiny_model(**LONG).to(device)
+    model = tiny_model(head_dim=16, **LONG).to(device)
     ids = prompt(700, 2, device)
     with patched_qwen(model, **rule):
         ours, theirs = LongContextCache(720, kv_cache="host"), LongContextCache(720)
@@ -457,6 +457,70 @@ def test_a_run_counts_what_is_there_already(monkeypatch):
 
 def vars_of(shape, need):
     return {"layers": shape.layers, "host_room": need.host_room, "tokens": need.tokens, "room": need.room}
+
+
+@pytest.fixture
+def deep(monkeypatch):
+    """A model of many layers, of whose device and host as much is free as a list says, and bytes of a run by kind."""
+    model = tiny_model(num_hidden_layers=6).requires_grad_(False)
+    needed, free = {}, [0, 0]
+    with patched_qwen(model, sparse="off", prefill_chunk_size=512):
+        for kind in ("device", "int8", "host"):
+            settings = replace(settings_of(model), kv_cache=kind)
+            need = room.need_of(model.model, None, 1508, 1, padded=False)
+            one = [estimates.Device("cpu", 6, 0)]
+            needed[kind], _ = estimates.fullest(Shape.of(model.config), one, need, settings)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: free[1])
+    return model, needed, free
+
+
+ON_HOST = 6 * 2 * 2 * 8 * 4 * 1508  # bytes of keys and values of all layers of `deep`
+HOW = {"sparse": "off", "prefill_chunk_size": 512}
+
+
+def test_auto_falls_to_the_host_last(deep, caplog):
+    model, needed, free = deep
+    ids = prompt(1500)
+    assert needed["host"] < needed["int8"] < needed["device"]
+    with patched_qwen(model, kv_cache="auto", **HOW), caplog.at_level(logging.WARNING, logger="qwen_longctx"):
+        free[:] = needed["host"], ON_HOST
+        out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        cache = out.past_key_values
+        assert cache.kv_cache == "host" and 'kv_cache="auto" is "host"' in caplog.text
+        assert {type(layer.store) for layer in cache.layers} == {HostStore}
+        assert len({id(layer.store._staging) for layer in cache.layers}) == 1
+        for amounts, told in (((needed["host"], ON_HOST - 1), "of host memory"), ((needed["host"] - 1, ON_HOST), "KV")):
+            free[:] = amounts
+            cache = LongContextCache(kv_cache="auto")
+            with pytest.raises(DoesNotFit, match=told):
+                model.generate(ids, past_key_values=cache, **GREEDY)
+            assert cache.kv_cache == "auto" and not cache.layers
+        free[:] = needed["int8"], 0
+        out8 = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        assert out8.past_key_values.kv_cache == "int8"
+    with patched_qwen(model, kv_cache="device", **HOW):
+        free[:] = needed["device"], 0
+        assert torch.equal(out.sequences, model.generate(ids, **GREEDY))
+
+
+def test_the_host_is_advised_only_where_it_has_room(deep):
+    model, needed, free = deep
+    free[:] = needed["host"], ON_HOST
+    with patched_qwen(model, **HOW, mlp_chunk_size=512):
+        for amount, advised in ((ON_HOST, True), (ON_HOST - 1, False)):
+            free[1] = amount
+            with pytest.raises(DoesNotFit) as told:
+                model.generate(prompt(1500), **GREEDY)
+            assert ("kv_cache='host'" in str(told.value)) == advised
+
+
+def test_room_is_taken_on_the_device_before_drafts_look(deep):
+    model, _, _ = deep
+    patch_qwen(model)
+    cache = LongContextCache(300, kv_cache="host")
+    room.take_room(model.model, cache, 2)
+    assert all(layer.store.staged_for(2) == 300 and not layer.store.room_for(2) for layer in cache.layers)
 
 
 def test_free_host_memory_is_that_of_the_container(tmp_path, monkeypatch):
