@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -209,16 +208,13 @@ def _check_memory(
     drafts, target = _partners(model, arguments)
 
     def others(kind: str) -> Counter[torch.device]:
-        taken: Counter[torch.device] = Counter()
-        if drafts is not None:
-            own = drafts[1].kv_cache
-            taken += room.bytes_of_cache(drafts[0], length, rows, kind if own == "auto" else own)
-        if target is not None:
-            mine = room.bytes_beside_cache(model.model, length, rows, replace(settings, kv_cache=kind))
-            taken += room.bytes_beside_cache(target[0], length, rows, target[1]) - mine  # they take turns
-        return taken
+        if drafts is None:
+            return Counter()
+        own = drafts[1].kv_cache
+        return room.bytes_of_cache(drafts[0], length, rows, kind if own == "auto" else own)
 
-    room.check_room(model.model, need, room.with_kind_of(cache, settings), cache, others)
+    judging = 0 if target is None else room.bytes_beside_cache(target[0], length, rows, target[1])
+    room.check_room(model.model, need, room.with_kind_of(cache, settings), cache, others, judging)
     if ours and drafts is not None and drafts[1].kv_cache == "auto":
         room.take_room(model.model, cache, rows)  # so that the drafts find what is left
 

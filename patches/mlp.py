@@ -29,7 +29,7 @@ def mlp_forward(
     if residual is not None:
         for start in range(0, residual.shape[-2], size):
             at = slice(start, start + size)
-            residual[..., at, :] += _slice(patched, self, _tokens(x, at))
+            residual[..., at, :].add_(_slice(patched, self, _tokens(x, at)))
         return residual
     assert isinstance(x, torch.Tensor)
     if x.shape[-2] <= size and not in_8_bits(self) or _needs_gradients(self, x):

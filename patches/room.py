@@ -32,7 +32,12 @@ _REORDERED = 1.5  # as beams take other rows
 
 
 def check_room(
-    base: Any, need: Need, settings: LongContextConfig, cache: Any = None, others: Others | None = None
+    base: Any,
+    need: Need,
+    settings: LongContextConfig,
+    cache: Any = None,
+    others: Others | None = None,
+    before: int = 0,
 ) -> None:
     """Refuse what cannot fit beside the weights, device by device, and decide the kind of a cache of kind "auto".
 
@@ -47,7 +52,9 @@ def check_room(
         `kv_cache` is the kind of the cache.
     cache : transformers Cache, optional
     others : callable, optional
-        ``others(kind)``: bytes by device that are still to be taken beside the run, if its cache is of a kind. They
+        ``others(kind)``: bytes by device that are still to be taken beside the run, if its cache is of a kind.
+    before : int
+        Bytes that something else takes for a time while the cache is there, and the run itself is not under way. Both
         count where the kind is decided, and refuse nothing.
 
     Raises
@@ -73,14 +80,16 @@ def check_room(
 
     tried = [Tried(replace(settings, kv_cache=kind), left(kind)) for kind in AUTO_KV_CACHES]
 
+    wanted = need._replace(at_the_end=max(need.at_the_end, before))
+
     def lacks(one: Tried) -> int:
-        size, device = memory.fullest(shape, one.devices, need, one.settings)
+        size, device = memory.fullest(shape, one.devices, wanted, one.settings)
         return size - device.free
 
     chosen = next((one for one in tried if lacks(one) <= 0), min(tried, key=lacks))
     memory.check_fits(shape, devices, need, chosen.settings)
     cache.settle(chosen.settings.kv_cache)
-    _tell(shape, need, tried[0], chosen)
+    _tell(shape, wanted, tried[0], chosen)
 
 
 class Tried(NamedTuple):
@@ -114,16 +123,12 @@ def bytes_of_cache(base: Any, tokens: int, rows: int, kind: str) -> Counter[torc
     )
 
 
-def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextConfig) -> Counter[torch.device]:
-    """Bytes by device that a prefill of another model takes beside its cache; the most of all kinds that may be."""
+def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextConfig) -> int:
+    """Bytes that a prefill of another model takes beside its cache, the most of all devices and kinds that may be."""
     kinds = AUTO_KV_CACHES if settings.kv_cache == "auto" else (settings.kv_cache,)
-
-    def most(layers: int) -> int:
-        shape = replace(local_shape(base), layers=layers)
-        cases = (replace(settings, kv_cache=kind) for kind in kinds)
-        return max(Prefill(shape, tokens, rows, base.dtype, one).peak().total for one in cases)
-
-    return Counter({device: most(layers) for device, layers in _layers_of(base).items()})
+    shapes = [replace(local_shape(base), layers=layers) for layers in _layers_of(base).values()]
+    cases = ((shape, replace(settings, kv_cache=kind)) for shape in shapes for kind in kinds)
+    return max(Prefill(shape, tokens, rows, base.dtype, one).peak().total for shape, one in cases)
 
 
 def take_room(base: Any, cache: LongContextCache, rows: int) -> None:

@@ -183,7 +183,7 @@ KERNELS = [
         )
         for room, blocks in ((8, 256), (64, 64))
     ),
-    (_best_blocks, {"scores": "*fp32", "ranges": "*i32", "chosen": "*i32"}, {"BLOCK": 64, "WIDTH": 4096}),
+    (_best_blocks, {"scores": "*fp32", "ranges": "*i32", "chosen": "*i32"}, {"BLOCK": 64, "WIDTH": 8192}),
     *(
         (
             _write,

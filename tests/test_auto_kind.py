@@ -240,7 +240,7 @@ def test_drafts_have_a_cache_too(monkeypatch):
     monkeypatch.setattr(LongContextCache, "__init__", noted)
     both = {kind: A_TOKEN[kind] * tokens * 3 // 2 for kind in A_TOKEN}
     for left, kinds in (
-        (both["device"] + 2 * beside(model, "int8", tokens), ["device", "device"]),
+        (both["device"] + beside(model, "int8", tokens), ["device", "device"]),
         (both["device"] + beside(model, "device", tokens) - 1, ["int8", None]),
         (both["int8"] + beside(model, "int8", tokens), ["int8", "int8"]),
     ):

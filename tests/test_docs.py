@@ -460,6 +460,14 @@ def test_fp8_figures():
     assert "{:.2f} ms a layer in place of {:.2f}".format(one["fp8_ms_a_layer"], one["bf16_ms_a_layer"]) in page
 
 
+def test_host_figures():
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "memory.md").read_text())
+    (row,), (card,) = rows_of("speed_host.json"), rows_of("speed_auto.json")
+    peak = f"{row['sparse_peak_allocated_bytes'] / 1e9:.1f} GB allocated at the peak"
+    assert f"prefilled sparsely in {row['sparse_seconds']:.1f} seconds, with {peak}" in page
+    assert f"the list kernel `{row['list_kernel']}`" in page and f"it takes {card['sparse_seconds']:.1f} " in page
+
+
 def test_dense_against_yarn(main_rows, main_lines):
     page = re.sub(r"\s+", " ", QUALITY.read_text())
     ruler = [100 * main_lines["ruler_*", n, mode].score.mean for n in BEYOND for mode in ("dense", "yarn")]

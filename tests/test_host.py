@@ -49,7 +49,7 @@ def _apart(monkeypatch):
     """Devices have memory of their own, and sequences of the tests are of many pieces."""
     monkeypatch.setattr(hf_cache, "is_apart", lambda device: True)
     monkeypatch.setattr(host, "UNIT", 64)
-    monkeypatch.setattr(host, "_PIECE", 64)
+    monkeypatch.setattr(host, "_PIECE", 1)
     monkeypatch.setattr(host, "_FEW", 70)
 
 
@@ -101,7 +101,7 @@ def test_sparse_prefill_bit_for_bit(device, rule):
             **rule,
             "sparse_attention_config": [{str(head): ["vertical_and_slash", 64, 96, 1.0] for head in range(4)}] * 2,
         }
-    model = tiny_model(head_dim=16, **LONG).to(device)
+    model = tiny_model(**LONG, head_dim=16).to(device)  # the fewest that the kernels of a GPU take
     ids = prompt(700, 2, device)
     with patched_qwen(model, **rule):
         ours, theirs = LongContextCache(720, kv_cache="host"), LongContextCache(720)

@@ -56,7 +56,8 @@ def following(model, cache, tokens=7, **arguments) -> torch.Tensor:
     """Logits of some tokens behind a cache, which is left as it was."""
     held = cache.get_seq_length()
     batch = cache.layers[0].store.buffers[0].shape[0]
-    found = model(prompt(tokens, batch, seed=2), **cache_argument(cache), **arguments).logits
+    ids = prompt(tokens, batch, seed=2).to(model.device)
+    found = model(ids, **cache_argument(cache), **arguments).logits
     cache.crop(held)
     return found
 

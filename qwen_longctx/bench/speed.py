@@ -35,6 +35,7 @@ def measure(
     shape: str = NAMES[0],
     kv_cache: str = "device",
     prefill_chunk_size: int | None = None,
+    sparse_only: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
 
@@ -63,6 +64,8 @@ def measure(
         How our cache holds keys and values. Of kinds other than "device" the sparse run alone is measured.
     prefill_chunk_size : int, optional
         The setting of that name, of sparse and of dense runs.
+    sparse_only : bool
+        Measure the sparse run alone.
 
     Raises
     ------
@@ -77,7 +80,8 @@ def measure(
         given |= {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
         dense, sparse = {**DENSE, **given}, {**sparse_settings(length, density), **given}
         row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], **given}
-        others = [dense, *([None] if length <= whole_up_to else [])] if kv_cache == "device" else []
+        alone = sparse_only or kv_cache != "device"
+        others = [] if alone else [dense, *([None] if length <= whole_up_to else [])]
         _warm_up(ids, [sparse, *others], device, tiny, shape)
         row.update(_sparse(model, ids, sparse, device))
         row["selection_share"] = row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"]

@@ -22,6 +22,7 @@ _OPTIONS = {
     "shape": ("speed", "memory"),
     "memory_limit": ("speed", "memory"),
     "prefill_chunk_size": ("speed",),
+    "sparse_only": ("speed",),
 }
 
 
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed, memory: memory of the card that may be taken, such as 48GB",
     )
     parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed: tokens of a chunk")
+    parser.add_argument(
+        "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import torch
 
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.pinned import Pages
-from qwen_longctx.kv.store import ALL_ROWS, STEP, Store, room_beyond
+from qwen_longctx.kv.store import ALL_ROWS, Store, room_beyond
 from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.fetch import Stretches, fetch, places_of
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STAGED = 2  # layers of a device that are there at once
 UNIT = 256  # tokens; every piece of host memory holds a multiple of it
-_PIECE = STEP  # tokens of a piece at most
+_PIECE = 1 << 28  # bytes of a piece at most: registering a smaller one takes as long as it
 _WORKERS = 2  # threads that take host memory ahead of its use
 _AT_A_TIME = 1 << 24  # bytes of rows that are reordered at a time
 _FEW = 256  # keys that come up alone, where the rest of their layer has not
@@ -150,8 +151,9 @@ class HostStore(Store):
     def _order(self, stop: int) -> None:
         """Let other threads take the memory that is missing for `stop` tokens."""
         have = self._coming[-1][0] if self._coming else self._taken
+        most = max(UNIT, _PIECE // self._width // UNIT * UNIT)
         while have < stop:
-            tokens = min(_PIECE, -(-(max(self._room, stop) - have) // UNIT) * UNIT)
+            tokens = min(most, -(-(max(self._room, stop) - have) // UNIT) * UNIT)
             future = self._staging.order(new_piece, have, tokens, self._kinds, self._device)
             have += tokens
             self._coming.append((have, future))
@@ -159,6 +161,11 @@ class HostStore(Store):
     @property
     def _kinds(self) -> Kinds:
         return [(x.shape, x.dtype) for x in self.buffers or ()]
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a token of all rows."""
+        return max(1, sum(shape[0] * math.prod(shape[2:]) * dtype.itemsize for shape, dtype in self._kinds))
 
     @property
     def _device(self) -> torch.device:

@@ -24,7 +24,9 @@ _MOST_ROWS = 32  # packed query rows of a tile of the logits
 _ROW_BYTES = 1 << 14  # of them: with the means they fit the shared memory of every device
 _POOLED = 8192  # logits of a tile of the scores
 _PARTS = 128  # tiles of the logits whose sums are joined at a time
-_LISTED = 4096  # blocks at a time of the lists
+_LISTED = 8192  # blocks at a time of the lists, up to 1023 times
+_WARPS_LISTED = 16
+_ROWS_A_WARP = 4  # packed query rows of the logits
 
 
 def choose(
@@ -134,7 +136,7 @@ def choose_triton(
         DIM=dim,
         ROWS=at_once,
         MEANS=_TILE,
-        num_warps=at_once // 4,
+        num_warps=at_once // _ROWS_A_WARP,
         num_stages=1,
     )
     room = triton.next_power_of_2(rows)
@@ -160,7 +162,7 @@ def choose_triton(
         num_warps=4,
     )
     _best_blocks[(owners,)](
-        scores, ranges, chosen, tokens, kv_heads, blocks, count, BLOCK=BLOCK, WIDTH=_LISTED, num_warps=16
+        scores, ranges, chosen, tokens, kv_heads, blocks, count, BLOCK=BLOCK, WIDTH=_LISTED, num_warps=_WARPS_LISTED
     )
     return chosen
 
@@ -290,20 +292,22 @@ def _best_blocks(  # type: ignore[no-untyped-def]
     scores += owner * room
     chosen += owner * count
     # The largest score that `count` blocks reach, as the bits of a float32 below 2, of which there are 30: two bits at
-    # a time, by counting what reaches each of the three guesses above the lowest, 21 bits of a sum for each.
+    # a time, by counting what reaches each of the three guesses above the lowest: 10 bits of a sum for each in every
+    # lane, which sees one block of a tile, and 21 bits where lanes are joined.
     low = tl.full([], 0, tl.int32)
     above = tl.full([], 0, tl.int64)  # blocks that score more than all that begins with these bits
     for step in range(15):
         shift = 28 - 2 * step
-        sums = tl.zeros((WIDTH,), tl.int64)
+        sums = tl.zeros((WIDTH,), tl.int32)
         for first in range(0, blocks, WIDTH):
             at = first + tl.arange(0, WIDTH)
             score = tl.load(scores + at, mask=at < blocks, other=-1.0)
             bits = (score * 0.25).to(tl.int32, bitcast=True)  # none is 4 or more
-            sums += (bits >= low + (1 << shift)).to(tl.int64)
-            sums += (bits >= low + (2 << shift)).to(tl.int64) << 21
-            sums += (bits >= low + (3 << shift)).to(tl.int64) << 42
-        total = tl.sum(sums, 0)
+            sums += (bits >= low + (1 << shift)).to(tl.int32)
+            sums += (bits >= low + (2 << shift)).to(tl.int32) << 10
+            sums += (bits >= low + (3 << shift)).to(tl.int32) << 20
+        wide = (sums & 1023).to(tl.int64) | (((sums >> 10) & 1023).to(tl.int64) << 21)
+        total = tl.sum(wide | ((sums >> 20).to(tl.int64) << 42), 0)
         digit = ((total & 2097151) >= count).to(tl.int32)
         digit += (((total >> 21) & 2097151) >= count).to(tl.int32)
         digit += ((total >> 42) >= count).to(tl.int32)
