@@ -34,9 +34,10 @@ from qwen_longctx.kv.store import Store, mean_keys
 from qwen_longctx.ops.decode import BLOCK
 from qwen_longctx.ops.fetch import fetch, fetch_triton, places_of
 from qwen_longctx.patches import graphs, room
-from qwen_longctx.patches.method import cache_argument
+from qwen_longctx.patches.method import cache_argument, cache_of
 from qwen_longctx.prefill import memory as estimates
 from qwen_longctx.prefill.memory import Need
+from qwen_longctx.prefill.peak import Prefill
 from qwen_longctx.shapes import known_config
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -228,27 +229,37 @@ def check(store, both, dice):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
-def test_no_host_memory_in_mid_prefill_leaves_model_and_cache_usable(device, monkeypatch):
-    model = patch_qwen(tiny_model().to(device), prefill_chunk_size=40, kv_cache="host")
-    ids, more = prompt(300, 1, device), prompt(90, 1, device, seed=2)
-    cache, calm = LongContextCache(kv_cache="host"), LongContextCache(kv_cache="host")
+def test_no_memory_in_mid_prefill_leaves_model_and_cache_usable(device, first, monkeypatch):
+    """On the host or on the device, before it is taken or right after."""
+    model = patch_qwen(tiny_model(num_hidden_layers=3).to(device), prefill_chunk_size=40, kv_cache="host")
+    ids, more = prompt(400, 1, device), prompt(90, 1, device, seed=2)
+    cache, calm = LongContextCache(kv_cache="host"), LongContextCache()
     for one in (cache, calm):
         logits(model, ids[:, :50], [], None, one)
-    for error in (OSError("no memory"), KeyboardInterrupt()):
-        taken = []
+    for owner, name, error, at in (
+        (pinned, "_fresh", OSError("no memory"), 3),
+        (pinned, "_fresh", KeyboardInterrupt(), 2),
+        (host._Slot, "give", torch.OutOfMemoryError("no memory"), 7),
+        (host._Slot, "give", KeyboardInterrupt(), 16),
+    ):
+        calls, original = [], getattr(owner, name)
 
-        def fails(size, error=error, taken=taken, fresh=pinned._fresh):
-            taken.append(size)
-            if len(taken) == 3:
+        def fails(*arguments, original=original, error=error, calls=calls, at=at):
+            calls.append(arguments)
+            if first and len(calls) == at:
                 raise error
-            return fresh(size)
+            result = original(*arguments)
+            if len(calls) == at:
+                raise error
+            return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(pinned, "_fresh", fails)
+            patch.setattr(owner, name, fails)
             with pytest.raises(type(error)):
                 logits(model, ids[:, 50:], [], None, cache)
-        assert [layer.get_seq_length() for layer in cache.layers] == [50, 50]
+        assert [layer.get_seq_length() for layer in cache.layers] == [50] * 3
     assert torch.equal(logits(model, more, [60], None, cache), logits(model, more, [60], None, calm))
     assert same(cache, calm)
 
@@ -453,6 +464,35 @@ def test_a_run_counts_what_is_there_already(monkeypatch):
     model.generate(prompt(320), past_key_values=cache, max_new_tokens=200, stopping_criteria=stop)
     assert looked == {"layers": 2, "host_room": 320, "tokens": 520, "room": 400}
     assert base is model.model
+
+
+@torch.no_grad()
+def test_auto_takes_the_host_where_nothing_else_fits(monkeypatch):
+    model = patch_qwen(tiny_model(num_hidden_layers=12), kv_cache="auto", sparse="off", cuda_graphs=False)
+    ids, tokens = prompt(1500), 1508
+    settings = replace(settings_of(model), kv_cache="host")
+    shape = Shape.of(model.config)
+    needed = {
+        kind: estimates.kv_bytes(shape, torch.float32, kind) * tokens
+        + Prefill(shape, tokens, 1, torch.float32, replace(settings, kv_cache=kind)).peak().total
+        for kind in ("device", "int8", "host")
+    }
+    assert needed["host"] < needed["int8"] < needed["device"]
+    host_needs = estimates.kv_bytes(shape, torch.float32) * tokens
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs)
+    found = {}
+    for kind, size in needed.items():
+        monkeypatch.setattr(estimates, "free_bytes", lambda device, size=size: size)
+        out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        assert cache_of(out).kv_cache == kind
+        found[kind] = out.sequences
+    assert torch.equal(found["host"], found["device"])
+    monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs - 1)
+    with pytest.raises(DoesNotFit, match="of host memory for keys and values"):
+        model.generate(ids, **GREEDY)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: needed["host"] - 1)
+    with pytest.raises(DoesNotFit, match="of KV cache"):
+        model.generate(ids, **GREEDY)
 
 
 def vars_of(shape, need):
