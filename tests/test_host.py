@@ -488,8 +488,10 @@ def test_auto_takes_the_host_where_nothing_else_fits(monkeypatch):
         found[kind] = out.sequences
     assert torch.equal(found["host"], found["device"])
     monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs - 1)
+    cache = LongContextCache(kv_cache="auto")
     with pytest.raises(DoesNotFit, match="of host memory for keys and values"):
-        model.generate(ids, **GREEDY)
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    assert cache.kv_cache == "auto" and not cache.layers
     monkeypatch.setattr(estimates, "free_bytes", lambda device: needed["host"] - 1)
     with pytest.raises(DoesNotFit, match="of KV cache"):
         model.generate(ids, **GREEDY)
@@ -499,67 +501,29 @@ def vars_of(shape, need):
     return {"layers": shape.layers, "host_room": need.host_room, "tokens": need.tokens, "room": need.room}
 
 
-@pytest.fixture
-def deep(monkeypatch):
-    """A model of many layers, of whose device and host as much is free as a list says, and bytes of a run by kind."""
-    model = tiny_model(num_hidden_layers=6).requires_grad_(False)
-    needed, free = {}, [0, 0]
-    with patched_qwen(model, sparse="off", prefill_chunk_size=512):
-        for kind in ("device", "int8", "host"):
-            settings = replace(settings_of(model), kv_cache=kind)
-            need = room.need_of(model.model, None, 1508, 1, padded=False)
-            one = [estimates.Device("cpu", 6, 0)]
-            needed[kind], _ = estimates.fullest(Shape.of(model.config), one, need, settings)
-    monkeypatch.setattr(estimates, "free_bytes", lambda device: free[0])
-    monkeypatch.setattr(estimates, "free_host_bytes", lambda: free[1])
-    return model, needed, free
-
-
-ON_HOST = 6 * 2 * 2 * 8 * 4 * 1508  # bytes of keys and values of all layers of `deep`
-HOW = {"sparse": "off", "prefill_chunk_size": 512}
-
-
-def test_auto_falls_to_the_host_last(deep, caplog):
-    model, needed, free = deep
-    ids = prompt(1500)
-    assert needed["host"] < needed["int8"] < needed["device"]
-    with patched_qwen(model, kv_cache="auto", **HOW), caplog.at_level(logging.WARNING, logger="qwen_longctx"):
-        free[:] = needed["host"], ON_HOST
-        out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
-        cache = out.past_key_values
-        assert cache.kv_cache == "host" and 'kv_cache="auto" is "host"' in caplog.text
-        assert {type(layer.store) for layer in cache.layers} == {HostStore}
-        assert len({id(layer.store._staging) for layer in cache.layers}) == 1
-        for amounts, told in (((needed["host"], ON_HOST - 1), "of host memory"), ((needed["host"] - 1, ON_HOST), "KV")):
-            free[:] = amounts
-            cache = LongContextCache(kv_cache="auto")
-            with pytest.raises(DoesNotFit, match=told):
-                model.generate(ids, past_key_values=cache, **GREEDY)
-            assert cache.kv_cache == "auto" and not cache.layers
-        free[:] = needed["int8"], 0
-        out8 = model.generate(ids, **GREEDY, return_dict_in_generate=True)
-        assert out8.past_key_values.kv_cache == "int8"
-    with patched_qwen(model, kv_cache="device", **HOW):
-        free[:] = needed["device"], 0
-        assert torch.equal(out.sequences, model.generate(ids, **GREEDY))
-
-
-def test_the_host_is_advised_only_where_it_has_room(deep):
-    model, needed, free = deep
-    free[:] = needed["host"], ON_HOST
-    with patched_qwen(model, **HOW, mlp_chunk_size=512):
-        for amount, advised in ((ON_HOST, True), (ON_HOST - 1, False)):
-            free[1] = amount
+@torch.no_grad()
+def test_the_host_is_advised_only_where_it_has_room(monkeypatch):
+    model, tokens = tiny_model(num_hidden_layers=12), 1508
+    shape = Shape.of(model.config)
+    on_host = estimates.kv_bytes(shape, torch.float32) * tokens
+    with patched_qwen(model, sparse="off", prefill_chunk_size=512, mlp_chunk_size=512, cuda_graphs=False):
+        settings = replace(settings_of(model), kv_cache="host")
+        size = estimates.kv_bytes(shape, torch.float32, "host") * tokens
+        size += Prefill(shape, tokens, 1, torch.float32, settings).peak().total
+        monkeypatch.setattr(estimates, "free_bytes", lambda device: size)
+        for free, advised in ((on_host, True), (on_host - 1, False)):
+            monkeypatch.setattr(estimates, "free_host_bytes", lambda free=free: free)
             with pytest.raises(DoesNotFit) as told:
                 model.generate(prompt(1500), **GREEDY)
             assert ("kv_cache='host'" in str(told.value)) == advised
 
 
-def test_room_is_taken_on_the_device_before_drafts_look(deep):
-    model, _, _ = deep
-    patch_qwen(model)
-    cache = LongContextCache(300, kv_cache="host")
+@torch.no_grad()
+def test_room_is_taken_on_the_device_before_drafts_look():
+    model, cache = patch_qwen(tiny_model(num_hidden_layers=3)), LongContextCache(300, kv_cache="auto")
+    cache.settle("host")
     room.take_room(model.model, cache, 2)
+    assert len({id(layer.store._staging) for layer in cache.layers}) == 1
     assert all(layer.store.staged_for(2) == 300 and not layer.store.room_for(2) for layer in cache.layers)
 
 
