@@ -196,8 +196,6 @@ KERNELS = [
         )
         for dtype, head_dim, spots, codes, absent in (
             ("bf16", 128, "i32", "i8", ()),
-            ("bf16", 128, "i32", "u8", ()),
-            ("bf16", 128, "i64", "i8", ("slot",)),
             ("fp16", 80, "i64", "u8", ("slot", "vector", "turns")),
         )
     ),
@@ -210,9 +208,7 @@ KERNELS = [
         )
         for k, keys, absent in (
             ("bf16", 32, ("scales", "spots", "vector", "turns")),
-            ("i8", 1, ()),
             ("u8", 1, ()),
-            ("i8", 32, ("spots", "vector", "turns")),
         )
     ),
     *(

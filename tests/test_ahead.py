@@ -49,8 +49,11 @@ def test_it_launches_all_that_a_long_prompt_launches(family, how, monkeypatch):
     request = request_of(model)
     with recorded() as launches:
         shapes, tile = shapes_of(model.model, CPU), request.settings.tile
-        for job in ahead.kernels(shapes, request.prompt.options, tile, request.settings.last_q, 1024):
-            job()
+        for name, jobs in ahead.kernels(shapes, request.prompt.options, tile, request.settings.last_q, 1024).items():
+            before = len(launches)
+            for job in jobs:
+                job()
+            assert [kernel for kernel, _ in launches[before:]] == [name] * len(jobs)
     known = set(launches)
     assert len(known) == len(launches)  # nothing is compiled twice
     with recorded() as launches, torch.no_grad():
@@ -66,7 +69,8 @@ def test_calls_are_such_as_their_functions_take(eight_bits):
     model = patch_qwen(tiny_model("qwen3", hidden_size=64, **SHAPE), **LONG)
     request = request_of(model)
     shapes = shapes_of(model.model, CPU)._replace(eight_bits=eight_bits)
-    jobs = ahead.kernels(shapes, request.prompt.options, request.settings.tile, 64, 4096)
+    groups = ahead.kernels(shapes, request.prompt.options, request.settings.tile, 64, 4096)
+    jobs = [job for group in groups.values() for job in group]
     for job in jobs:
         if job.func is not ahead.rotate_triton:  # which is no more than the kernel
             job()
@@ -82,7 +86,7 @@ def test_once_a_process_and_failures_are_left_to_the_run(monkeypatch):
         def fails():
             raise RuntimeError("no kernel")
 
-        return [fails, lambda: ran.append(asked), fails]
+        return {"one": [fails, lambda: ran.append(asked)], "two": [fails]}
 
     monkeypatch.setattr(ahead, "kernels", kernels)
     monkeypatch.setattr(ahead, "_in_threads", lambda: True)

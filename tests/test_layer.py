@@ -41,7 +41,11 @@ def test_norms_are_those_of_pytorch(device, added, shape, exact_cast):
     torch.testing.assert_close(normed, norm.short_rms_norm(wanted, weight, 1e-6), atol=2e-6, rtol=2e-6)
     scales = (normed.abs().amax(-1, keepdim=True) / 448).clamp_min(fp8.LEAST_SCALE)
     torch.testing.assert_close(rows.scales, scales)
-    torch.testing.assert_close(rows.values.float(), (normed / scales).to(fp8.E4M3).float(), atol=1e-4, rtol=1e-5)
+    found, wanted = rows.values.float(), (normed / scales).to(fp8.E4M3).float()
+    # a GPU divides to two places in the last bit, which takes one in ten thousand to the next number of 8 bits
+    atol, rtol = (1e-4, 1e-5) if device == "cpu" else (2e-3, 0.13)
+    torch.testing.assert_close(found, wanted, atol=atol, rtol=rtol)
+    assert x.numel() < 1000 or ((found - wanted).abs() > 1e-3 * wanted.abs() + 1e-4).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -58,7 +62,7 @@ def test_norms_of_views(device):
 def test_swiglu_is_that_of_pytorch(device, shape):
     gate, up = 3 * torch.randn(2, *shape, device=device)
     wanted = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(norm.silu_mul_triton(gate, up), wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(norm.silu_mul_triton(gate, up), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

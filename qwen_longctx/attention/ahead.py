@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -80,69 +80,68 @@ def _in_threads() -> bool:
 @lru_cache(maxsize=64)
 def _compile(shapes: Shapes, options: Any, tile: int, kernel: str, last_q: int, blocks: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = kernels(shapes, options, tile, last_q, blocks)
-    with ThreadPoolExecutor(min(_MOST_THREADS, cores, len(jobs)), "compile") as pool:
-        running = [pool.submit(_quietly, job) for job in jobs]
-        _quietly(partial(attention_on_lists, shapes, tile, kernel))  # whose compiler is not made for threads
+    groups = kernels(shapes, options, tile, last_q, blocks).values()
+    with ThreadPoolExecutor(min(_MOST_THREADS, cores, len(groups)), "compile") as pool:
+        running = [pool.submit(_quietly, group) for group in groups]
+        _quietly([partial(attention_on_lists, shapes, tile, kernel)])  # whose compiler is not made for threads
     for one in running:
         one.result()
 
 
 @torch.no_grad()
-def _quietly(job: Callable[[], Any]) -> None:
-    try:
-        job()
-    except Exception as error:
-        logger.debug("compiling ahead: %s", error)
+def _quietly(jobs: Iterable[Callable[[], Any]]) -> None:
+    for job in jobs:
+        try:
+            job()
+        except Exception as error:
+            logger.debug("compiling ahead: %s", error)
 
 
 def kernels(
     shapes: Shapes, options: block_scores.Options, tile: int, last_q: int, blocks: int
-) -> list[Callable[[], Any]]:
-    """A call of each Triton kernel on a few numbers, those that take longest to compile first.
+) -> dict[str, list[Callable[[], Any]]]:
+    """Calls on a few numbers, one for each variant of each Triton kernel, by its name.
 
-    `blocks` is the least power of two that is no less than the blocks of keys of the prompt.
+    Calls of one kernel belong in one thread: Triton makes the dictionary of its variants at the first. `blocks` is the
+    least power of two that is no less than the blocks of keys of the prompt.
     """
     device, dtype, heads, kv_heads, head_dim, hidden, inner, normed_heads, eight_bits = shapes
     new = partial(torch.zeros, device=device, dtype=dtype)
     exact = partial(torch.zeros, device=device, dtype=torch.float32)
-    tokens = 2 * tile
+    tokens, rows, means = 2 * tile, block_scores.POOLED_ROWS, block_scores.MEANS_A_BLOCK
     q, k, wide = new(1, tokens, heads, head_dim), new(1, tokens, kv_heads, head_dim), new(1, 16, hidden)
     lse, limits = exact(1, heads, tokens), torch.zeros(tokens, dtype=torch.int64, device=device)
-    weight, gate = new(hidden), new(1, 16, inner)
-    jobs: list[Callable[[], Any]] = []
-    if not options.fixed and block_scores.MISSED[options.fidelity] is not None:
-        out = exact(1, heads, 2, 2)
-        jobs.append(partial(block_shares, q, k, lse, limits, out, rows=tile, per_block=tile, scale=1.0))
-    rows, means = block_scores.POOLED_ROWS, block_scores.MEANS_A_BLOCK
+    table, weight, gate = new(1, tokens, 1, head_dim), new(hidden), new(1, 16, inner)
     pooled = slice(0, 2 * rows)
     scored = q[:, pooled], k, lse[..., pooled], limits[pooled], exact(1, heads, 2, tokens // means)
-    jobs += [
-        partial(block_shares, *scored, rows=rows, per_block=means, scale=1.0),
-        partial(row_lse, q[:, :last_q], k, limits[:last_q], scale=1.0),
-    ]
-    while blocks >= _NARROWEST:
-        jobs.append(partial(_choose, shapes, options, tile, blocks))
-        blocks //= 2
-    jobs += [partial(merge, [(q, lse)] * parts) for parts in (2, 3)]
-    table = new(1, tokens, 1, head_dim)
-    jobs += [
-        partial(compact, torch.zeros(1, heads, 2, 2, dtype=torch.bool, device=device), tile),
-        partial(rotate_triton, q, table, table),
-        partial(norm.rms_norm, wide, weight, 1e-6),  # of the last hidden states
-    ]
+    widths = [_NARROWEST << i for i in range((blocks // _NARROWEST).bit_length())]
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "_block_shares": [partial(block_shares, *scored, rows=rows, per_block=means, scale=1.0)],
+        "_keep": [partial(_choose, shapes, options, tile, width) for width in widths],
+        "_row_lse": [partial(row_lse, q[:, :last_q], k, limits[:last_q], scale=1.0)],
+        "_merge": [partial(merge, [(q, lse)] * parts) for parts in (2, 3)],
+        "_compact": [partial(compact, torch.zeros(1, heads, 2, 2, dtype=torch.bool, device=device), tile)],
+        "_rotate": [partial(rotate_triton, q, table, table)],
+        "_norm": [partial(norm.rms_norm, wide, weight, 1e-6)],  # of the last hidden states
+    }
+    if not options.fixed and block_scores.MISSED[options.fidelity] is not None:
+        every = q, k, lse, limits, exact(1, heads, 2, 2)
+        calls["_block_shares"].append(partial(block_shares, *every, rows=tile, per_block=tile, scale=1.0))
+    if normed_heads:
+        calls["_norm"].append(partial(norm.rms_norm, q, new(head_dim), 1e-6))
     if eight_bits:
-        jobs += [
-            partial(fp8.silu_mul_rows, gate, gate),
-            partial(fp8.cast_rows, new(1, 16, heads * head_dim)),
+        calls["_norm"] += [
             partial(norm.add_rms_norm_rows, wide, wide, weight, 1e-6),
             partial(norm.rms_norm_rows, wide, weight, 1e-6),
         ]
+        calls["_rows"] = [
+            partial(fp8.silu_mul_rows, gate, gate),
+            partial(fp8.cast_rows, new(1, 16, heads * head_dim)),
+        ]
     else:
-        jobs += [partial(norm.add_rms_norm, wide, wide, weight, 1e-6), partial(norm.silu_mul, gate, gate)]
-    if normed_heads:
-        jobs.append(partial(norm.rms_norm, q, new(head_dim), 1e-6))
-    return jobs
+        calls["_norm"].append(partial(norm.add_rms_norm, wide, wide, weight, 1e-6))
+        calls["_silu_mul"] = [partial(norm.silu_mul, gate, gate)]
+    return calls
 
 
 def _choose(shapes: Shapes, options: block_scores.Options, tile: int, blocks: int) -> None:

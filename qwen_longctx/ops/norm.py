@@ -155,7 +155,7 @@ def _norm(  # type: ignore[no-untyped-def]
         tl.store(values + at, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=("numbers",))
+@triton.jit  # `numbers` is a multiple of 16 at every length, and loads of several at once need to know it
 def _silu_mul(gate, up, out, numbers, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = at < numbers
