@@ -70,10 +70,8 @@ def check_room(
     if all(rule_name(settings, device, need.dtype, shape.head_dim) is None for device in known):
         settings = replace(settings, sparse="off")  # "auto" gives way where no fast kernel takes block lists
     devices = [Device(str(device), layers[device], free) for device, free in known.items()]
-    on_host = replace(shape, layers=sum(layers[device] for device in known))
     if settings.kv_cache != "auto":
         memory.check_fits(shape, devices, need, settings)
-        memory.check_host_fits(on_host, need, settings)
         return
 
     def left(kind: str) -> list[Device]:
@@ -90,7 +88,6 @@ def check_room(
 
     chosen = next((one for one in tried if lacks(one) <= 0), min(tried, key=lacks))
     memory.check_fits(shape, devices, need, chosen.settings)
-    memory.check_host_fits(on_host, need, chosen.settings)
     cache.settle(chosen.settings.kv_cache)
     _tell(shape, wanted, tried[0], chosen)
 
@@ -139,7 +136,7 @@ def take_room(base: Any, cache: LongContextCache, rows: int) -> None:
     shape = local_shape(base)
     for number, layer in enumerate(base.layers):
         none = torch.empty((rows, 0, shape.kv_heads, shape.head_dim), dtype=base.dtype, device=device_of(layer))
-        cache.append(none, none, number)
+        cache.append(none, none, number).room()  # which takes a host cache's buffers on the device
 
 
 def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -> None:

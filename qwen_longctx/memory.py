@@ -101,7 +101,8 @@ class Plan:
             ("total", self.memory.total),
         ]
         title = f"{self.batch} x {self.tokens:,} tokens, {self.dtype}"
-        title += f", keys and values in {kind}" if (kind := self.settings.get("kv_cache", "device")) != "device" else ""
+        kind = self.settings.get("kv_cache", "device")
+        title += f", keys and values {'on the' if kind == 'host' else 'in'} {kind}" if kind != "device" else ""
         title += f", on the fullest of {self.gpus} cards" if self.gpus > 1 else ""
         lines = [title, *(f"  {name:<18}{size / GIB:>10,.2f} GiB" for name, size in rows)]
         if self.memory.host:

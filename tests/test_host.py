@@ -488,8 +488,10 @@ def test_auto_takes_the_host_where_nothing_else_fits(monkeypatch):
         found[kind] = out.sequences
     assert torch.equal(found["host"], found["device"])
     monkeypatch.setattr(estimates, "free_host_bytes", lambda: host_needs - 1)
+    cache = LongContextCache(kv_cache="auto")
     with pytest.raises(DoesNotFit, match="of host memory for keys and values"):
-        model.generate(ids, **GREEDY)
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    assert cache.kv_cache == "auto" and not cache.layers
     monkeypatch.setattr(estimates, "free_bytes", lambda device: needed["host"] - 1)
     with pytest.raises(DoesNotFit, match="of KV cache"):
         model.generate(ids, **GREEDY)
@@ -497,6 +499,32 @@ def test_auto_takes_the_host_where_nothing_else_fits(monkeypatch):
 
 def vars_of(shape, need):
     return {"layers": shape.layers, "host_room": need.host_room, "tokens": need.tokens, "room": need.room}
+
+
+@torch.no_grad()
+def test_the_host_is_advised_only_where_it_has_room(monkeypatch):
+    model, tokens = tiny_model(num_hidden_layers=12), 1508
+    shape = Shape.of(model.config)
+    on_host = estimates.kv_bytes(shape, torch.float32) * tokens
+    with patched_qwen(model, sparse="off", prefill_chunk_size=512, mlp_chunk_size=512, cuda_graphs=False):
+        settings = replace(settings_of(model), kv_cache="host")
+        size = estimates.kv_bytes(shape, torch.float32, "host") * tokens
+        size += Prefill(shape, tokens, 1, torch.float32, settings).peak().total
+        monkeypatch.setattr(estimates, "free_bytes", lambda device: size)
+        for free, advised in ((on_host, True), (on_host - 1, False)):
+            monkeypatch.setattr(estimates, "free_host_bytes", lambda free=free: free)
+            with pytest.raises(DoesNotFit) as told:
+                model.generate(prompt(1500), **GREEDY)
+            assert ("kv_cache='host'" in str(told.value)) == advised
+
+
+@torch.no_grad()
+def test_room_is_taken_on_the_device_before_drafts_look():
+    model, cache = patch_qwen(tiny_model(num_hidden_layers=3)), LongContextCache(300, kv_cache="auto")
+    cache.settle("host")
+    room.take_room(model.model, cache, 2)
+    assert len({id(layer.store._staging) for layer in cache.layers}) == 1
+    assert all(layer.store.staged_for(2) == 300 and not layer.store.room_for(2) for layer in cache.layers)
 
 
 def test_free_host_memory_is_that_of_the_container(tmp_path, monkeypatch):

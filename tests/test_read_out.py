@@ -33,6 +33,11 @@ def held(kind, heads, head_dim, biased, device, rows=slice(1, None), tokens=slic
     return EightBit(codes, scales, spots, bias).part(tokens)
 
 
+def error_of(x):
+    """A cosine is within 7e-7, and a number is the sum of two products with a part of the bias of up to 1.3 * 700."""
+    return 2 * 8e-7 * 1.3 * float(x.bias.vector.abs().max())
+
+
 def both(x, dtype):
     """What the kernel and PyTorch write into a part of more memory, and the rest of that memory."""
     rows, tokens, *vector = x.shape
@@ -61,9 +66,7 @@ def test_the_bias_within_rounding_of_float32(device, kind, heads, head_dim):
     found, wanted = both(x, torch.float32)
     exact = x.numbers()
     assert torch.equal(found.isnan(), wanted.isnan()) and wanted.isnan().any()
-    # a cosine is within 7e-7, and a number is the sum of two products with a part of the bias of up to 1.3 * 700
-    largest = 1.3 * float(x.bias.vector.abs().max())
-    assert (found - wanted).abs().nan_to_num().max() < 2 * 8e-7 * largest + 1e-7 * float(exact.abs().nan_to_num().max())
+    assert (found - wanted).abs().nan_to_num().max() < error_of(x) + 1e-7 * float(exact.abs().nan_to_num().max())
 
 
 @pytest.mark.gpu
@@ -72,8 +75,8 @@ def test_bfloat16_and_many_keys(kind):
     x = held(kind, 4, 128, True, "cuda")
     many = EightBit(*(y.repeat(1, 3000, *[1] * (y.ndim - 2)) for y in x[:3]), x.bias)
     found, wanted = both(many, torch.bfloat16)
-    assert (found == wanted).float().mean() > 0.98  # elsewhere the last bit
-    torch.testing.assert_close(found, wanted, atol=0, rtol=2**-7, equal_nan=True)
+    assert (found == wanted).float().mean() > 0.98  # elsewhere the last bit, or more of what is left of a large bias
+    torch.testing.assert_close(found, wanted, atol=error_of(x), rtol=2**-7, equal_nan=True)
 
 
 def test_nothing_to_read_and_pieces():

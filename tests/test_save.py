@@ -55,8 +55,8 @@ def filled(model, tokens=150, batch=1, kv_cache="device", **arguments) -> LongCo
 def following(model, cache, tokens=7, **arguments) -> torch.Tensor:
     """Logits of some tokens behind a cache, which is left as it was."""
     held = cache.get_seq_length()
-    batch = cache.layers[0].store.buffers[0].shape[0]
-    ids = prompt(tokens, batch, seed=2).to(model.device)
+    keys = cache.layers[0].store.buffers[0]
+    ids = prompt(tokens, len(keys), seed=2).to(keys.device)  # an offloaded model says "meta" of itself
     found = model(ids, **cache_argument(cache), **arguments).logits
     cache.crop(held)
     return found

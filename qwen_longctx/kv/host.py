@@ -207,14 +207,9 @@ class HostStore(Store):
         return uses_triton(blocks) and all(piece.pages.pinned for piece in self._pieces)
 
     def size(self) -> tuple[int, torch.dtype]:
-        """See `KeyValues`."""
+        """See `KeyValues`: of buffers on the device."""
         assert self.buffers is not None
         return self._room, self.buffers[0].dtype
-
-    @property
-    def tokens_of_room(self) -> int:
-        """See `Store.tokens_of_room`: of buffers on the device."""
-        return self._room
 
     def _keys(self, start: int, stop: int) -> torch.Tensor:
         if stop - start > _FEW:
@@ -435,7 +430,7 @@ class Lane:
         following = self._after(store)
         if following is not None:
             other = self._slots[1 - self._last]
-            self._give(other, following, max(store.tokens_of_room, following.tokens_of_room))
+            self._give(other, following, max(store.size()[0], following.size()[0]))
             self._load(other, following)
         return self._views(slot, store)
 
@@ -481,7 +476,7 @@ class Lane:
         mine = [number for number, slot in enumerate(self._slots) if slot.is_of(store)]
         self._last = mine[0] if mine else 1 - self._last
         slot = self._slots[self._last]
-        self._give(slot, store, store.tokens_of_room)
+        self._give(slot, store, store.size()[0])
         return slot
 
     def _give(self, slot: _Slot, store: HostStore, room: int) -> None:
@@ -522,7 +517,7 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
 
     def _views(self, slot: _Slot, store: HostStore) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (buffer[:, : store.tokens_of_room] for buffer in slot.buffers)
+        k, v = (buffer[:, : store.size()[0]] for buffer in slot.buffers)
         return k, v
 
 

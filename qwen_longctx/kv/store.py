@@ -268,14 +268,14 @@ class Store:
 
     def _fits(self, means: _Means, size: int) -> bool:
         """Whether there is room for the means of all keys for which there is room, and they can be written."""
-        room = -(-self.tokens_of_room // size)
+        room = -(-self.size()[0] // size)
         writable = torch.is_inference_mode_enabled() or not means.buffer.is_inference()
         return means.size == size and means.buffer.shape[1] == room and writable
 
     def _new_means(self, size: int) -> _Means:
         """A buffer for the means of all keys for which there is room, with those that are known already."""
         empty, old = self._keys(0, 0), self._means
-        buffer = empty.new_empty(empty.shape[0], -(-self.tokens_of_room // size), *empty.shape[2:])
+        buffer = empty.new_empty(empty.shape[0], -(-self.size()[0] // size), *empty.shape[2:])
         if old is None or old.size != size:
             return _Means(size, buffer)
         buffer[:, : old.known] = old.buffer[:, : old.known]
@@ -297,14 +297,9 @@ class Store:
         """The first `length` tokens of each buffer where they lie, in parts that follow one another."""
         return [[x[:, :length]] for x in self.buffers or ()]
 
-    @property
-    def tokens_of_room(self) -> int:
-        """Tokens for which `room` has room."""
-        return 0 if self.buffers is None else self.buffers[0].shape[1]
-
     def room_for(self, rows: int) -> int:
         """Tokens of `rows` rows for which there is memory."""
-        return self.tokens_of_room if self.buffers is not None and self.buffers[0].shape[0] == rows else 0
+        return self.size()[0] if self.buffers is not None and self.buffers[0].shape[0] == rows else 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens; nothing is copied."""

@@ -237,19 +237,34 @@ def check_host_fits(shape: Shape, need: Need, settings: LongContextConfig) -> No
     MemoryError
         With the bytes needed, the bytes free and the tokens that would fit.
     """
-    each = host_bytes(shape, need.dtype, settings.kv_cache) * need.batch
-    needed, free = each * max(0, need.tokens - need.host_room), free_host_bytes()
-    if not needed or free is None or needed <= free:
+    needed, free = _needed_on_host(shape, need, settings)
+    if needed <= free:
         return
+    fitting = need.host_room + free // (host_bytes(shape, need.dtype, settings.kv_cache) * need.batch)
     raise DoesNotFit(
         f"{need.batch} x {need.tokens:,} tokens need {needed / GIB:.1f} GiB {'more ' if need.host_room else ''}of host "
-        f"memory for keys and values, {free / GIB:.1f} GiB are free: {need.host_room + free // each:,} tokens would "
-        "fit. Shorten the prompt or max_new_tokens, or lower the number of beams"
+        f"memory for keys and values, {free / GIB:.1f} GiB are free: {fitting:,} tokens would fit. Shorten the prompt "
+        "or max_new_tokens, or lower the number of beams"
     )
+
+
+def _needed_on_host(shape: Shape, need: Need, settings: LongContextConfig) -> tuple[int, int]:
+    """Bytes of the host that are not taken yet, and those that are free: as many where the system does not tell."""
+    each = host_bytes(shape, need.dtype, settings.kv_cache) * need.batch
+    needed = each * max(0, need.tokens - need.host_room)
+    free = free_host_bytes() if needed else None
+    return needed, needed if free is None else free
+
+
+def _on_all(shape: Shape, devices: Sequence[Device]) -> Shape:
+    """The layers of all devices together, which share the host."""
+    return replace(shape, layers=sum(device.layers for device in devices))
 
 
 def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
     """Raise before a run whose cache and activations cannot fit beside weights that are loaded already.
+
+    Where all devices have room, `check_host_fits` has the last word.
 
     Parameters
     ----------
@@ -268,6 +283,7 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
     """
     short = [device for device in devices if _needed(shape, device, need, settings).total > device.free]
     if not short:
+        check_host_fits(_on_all(shape, devices), need, settings)
         return
 
     def fit(device: Device) -> int:
@@ -290,7 +306,10 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
 
 def fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> bool:
     """Whether `check_fits` lets a run pass."""
-    return all(_needed(shape, device, need, settings).total <= device.free for device in devices)
+    if any(_needed(shape, device, need, settings).total > device.free for device in devices):
+        return False
+    needed, free = _needed_on_host(_on_all(shape, devices), need, settings)
+    return needed <= free
 
 
 def fullest(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> tuple[int, Device]:
