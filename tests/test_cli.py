@@ -193,6 +193,8 @@ def test_plot_command(tmp_path, capsys):
     results = Path(__file__).parents[1] / "benchmarks" / "results"
     picture = tmp_path / "speed.png"
     assert main(["plot", str(results / "speed.json"), "--output", str(picture)]) == 0
+    both = [str(results / name) for name in ("decode.json", "decode_int8.json")]
+    assert main(["plot", *both, "--output", str(picture)]) == 0
     assert picture.stat().st_size > 1000
     for names in (["speed.json", "quality.json"], ["passkey_1000000.json"]):
         assert main(["plot", *(str(results / name) for name in names), "--output", str(picture)]) == 2

@@ -1,4 +1,4 @@
-"""Picture of results of quality, of eval, or of bench speed."""
+"""Picture of results of quality, of eval, or of bench speed or decode."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     drawings = {
         "variant": plots.quality_by_density,
         "sparse_seconds": plots.time_by_length,
+        "patched_ms": plots.decoding_by_length,
         "mode": plots.figures_by_length,
     }
     for key, drawing in drawings.items():
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"written to {args.output}")
             return
     raise InvalidValue(
-        f"{', '.join(args.results)}: give files of quality, or of bench speed, or of eval, and of one of them only"
+        f"{', '.join(args.results)}: give files of quality, or of bench speed, or of bench decode, or of eval, and of "
+        "one of them only"
     )
 
 

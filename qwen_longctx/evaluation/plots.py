@@ -129,6 +129,55 @@ def time_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
 _LINES = ("-", "--", "-.", ":")  # modes that agree lie on each other
 
 
+def decoding_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Milliseconds of a decoded token against the tokens in the cache, for each way and kind of cache.
+
+    The grey line of a kind is the time in which its weights, keys and values could be read.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `bench.decode.measure` gives them.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidValue
+        A row lacks a figure.
+    """
+    from matplotlib.figure import Figure
+
+    _check(rows, ("tokens", "weight_bytes", "kv_bytes", "read_gb_per_second", "patched_ms"))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    ways = {
+        "stock": "stock",
+        "without_graphs": "without CUDA graphs",
+        "patched": "patched",
+        "sparse": "a share of the keys",
+    }
+    for number, kind in enumerate(dict.fromkeys(row.get("kv_cache", "device") for row in rows)):
+        of_kind = [row for row in rows if row.get("kv_cache", "device") == kind]
+        of_kind.sort(key=lambda row: row["tokens"])
+        for way, name in ways.items():
+            points = [(row["tokens"], row[f"{way}_ms"]) for row in of_kind if f"{way}_ms" in row]
+            if points:
+                label = name if way == "stock" else f"{name}, {kind}"
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        tokens = [row["tokens"] for row in of_kind]
+        read = [(row["weight_bytes"] + row["kv_bytes"]) / row["read_gb_per_second"] / 1e6 for row in of_kind]
+        axes.plot(tokens, read, color="grey", linestyle=_LINES[1:][number % 3], label=f"reading, {kind}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel("milliseconds a token")
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
 def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Score and negative log-likelihood against prompt length, a line for each mode with its 95 % intervals.
 
