@@ -303,7 +303,7 @@ class _Token:
         """The forward of the token that was last written, without a graph."""
         given, model = self._given, self._model
         dtype = model.embed_tokens.weight.dtype
-        with torch.no_grad():
+        with torch.no_grad(), runs.repeated():
             rotary, kernel = _rotary(model), run.settings.kernel
             keys, reach, spots = step.tables(
                 given.numbers, len(run.call.rows), run.settings.stride, rotary=rotary, dtype=dtype

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qwen_longctx.ops import norm, thin
+from qwen_longctx.patches import runs
 from qwen_longctx.patches.attention import attention_forward
 from qwen_longctx.patches.linear import Fp8Linear, takes_rows
 from qwen_longctx.patches.method import PatchedMethod, runs_as
@@ -43,7 +44,9 @@ def layer_forward(patched: PatchedMethod, self: Any, *args: Any, **kwargs: Any) 
 
 
 def _suits(layer: Any, hidden: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (norm.pays(hidden) or thin.pays(hidden)):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not norm.pays(hidden) and not (runs.is_repeated() and thin.pays(hidden)):
         return False
     if (
         torch.is_autocast_enabled(hidden.device.type)

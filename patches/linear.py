@@ -20,6 +20,7 @@ from qwen_longctx.errors import PatchConflict, Unsupported
 from qwen_longctx.ops import fp8, thin
 from qwen_longctx.ops.device import needs_gradient
 from qwen_longctx.ops.fp8 import E4M3, Rows
+from qwen_longctx.patches import runs
 
 logger = logging.getLogger(__name__)
 
@@ -185,10 +186,13 @@ def takes_rows(*modules: nn.Module) -> bool:
 
 
 def thin_weights(x: torch.Tensor | Rows, *modules: Any) -> list[thin.Weight] | None:
-    """What linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself."""
+    """What linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself.
+
+    That is for tokens of a CUDA graph. Without one the host takes longer to launch a Triton kernel than PyTorch's.
+    """
     in_8_bits = isinstance(x, Rows)
     given = x.scales if isinstance(x, Rows) else x
-    if torch.compiler.is_compiling() or not thin.pays(x) or torch.is_autocast_enabled(given.device.type):
+    if not runs.is_repeated() or not thin.pays(x) or torch.is_autocast_enabled(given.device.type):
         return None
     kind = type(modules[0])
     if in_8_bits and kind is not Fp8Linear:

@@ -53,6 +53,7 @@ class _Traffic:
             int, tuple[nn.Module, FrameType]
         ] = {}  # by thread: a stock generate that calls patched forwards
         self.changes: list[_Change] = []  # that wait or are being made
+        self.repeated: set[int] = set()  # threads in the forward of a token that is captured, or about to be
 
     def runs_of(self, thread: int) -> list[nn.Module]:
         """Modules whose runs a thread is in."""
@@ -168,6 +169,22 @@ def outermost() -> nn.Module | None:
     """The module whose run the caller's thread began with, if it is in one."""
     with _traffic.condition:
         return next(iter(_traffic.runs_of(get_ident())), None)
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """The forward of a token that is captured or about to be: what its launches cost the host does not count."""
+    threads, thread = _traffic.repeated, get_ident()
+    threads.add(thread)
+    try:
+        yield
+    finally:
+        threads.discard(thread)
+
+
+def is_repeated() -> bool:
+    """Whether the caller is part of such a forward."""
+    return get_ident() in _traffic.repeated
 
 
 def alone() -> bool:

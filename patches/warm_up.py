@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from qwen_longctx.geometry.layout import Call
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import open_cache, sequence_of
 from qwen_longctx.ops.device import device_of
-from qwen_longctx.patches import base_of, settings_of
+from qwen_longctx.patches import base_of, runs, settings_of
 from qwen_longctx.patches.model import Forward, shapes_of
 from qwen_longctx.prefill.run import Run
 
@@ -70,7 +71,7 @@ def _devices(base: Any) -> list[torch.device]:
 
 @torch.no_grad()
 def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
-    """Prefill a short prompt as a long one is prefilled, and decode a token.
+    """Prefill a short prompt as a long one is prefilled, and decode two tokens, one with the kernels of CUDA graphs.
 
     Chunks are short here, so that the prompt has segments of every kind and an end that stays dense. The kernels are
     those of the settings' own chunks: none is compiled for a length.
@@ -104,7 +105,9 @@ def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
             stop = min(start + short.prefill_chunk_size, tokens)
             forward = Forward(run, start, stop)
             base(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, dual_chunk_forward=forward)
-    base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+    for way in (nullcontext, runs.repeated) if settings.cuda_graphs else (nullcontext,):
+        with way():
+            base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
 
 def _shortened(settings: LongContextConfig, rule: str | None) -> LongContextConfig:

@@ -10,6 +10,7 @@ from helpers import INTERPRETED, tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
 from qwen_longctx.ops import fp8, thin
 from qwen_longctx.ops.thin import Weight, linear, linear_triton, silu_mul, silu_mul_triton
+from qwen_longctx.patches import runs
 
 pytest.importorskip("triton", reason="needs Triton")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -114,6 +115,7 @@ def launches(monkeypatch):
         return run
 
     monkeypatch.setattr(thin, "pays", lambda x: numbers(x).numel() <= thin.MOST_ROWS * numbers(x).shape[-1])
+    monkeypatch.setattr(runs, "is_repeated", lambda: True)
     monkeypatch.setattr(thin, "linear", noted(linear))
     monkeypatch.setattr(thin, "silu_mul", noted(silu_mul))
     return seen
@@ -148,6 +150,18 @@ def test_a_model_in_8_bits(launches, monkeypatch):
     assert len(launches) == 10  # the twin of SwiGLU calls that of its layers
     monkeypatch.setattr(thin, "pays", lambda x: False)
     assert torch.equal(got, step(model))
+
+
+def test_tokens_without_a_graph_run_layer_by_layer(launches, monkeypatch):
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(thin, "pays", lambda x: not seen.append(1))
+    step(patch_qwen(tiny_model()))
+    assert not seen
+    with runs.repeated():
+        assert runs.is_repeated()
+        step(patch_qwen(tiny_model()))
+    assert seen and not runs.is_repeated()
 
 
 def test_more_rows_run_layer_by_layer(launches):

@@ -7,6 +7,7 @@ import torch
 from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
+_FUSED_TOKENS = 256  # for fewer, as in decode, a Triton launch costs more than the passes saved
 _ROTATED_ROWS = 32
 
 
@@ -25,7 +26,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     torch.Tensor
         Like `x`: ``x * cos + roll(x, head_dim / 2) * sin``.
     """
-    if uses_triton(x):
+    if x.shape[1] >= _FUSED_TOKENS and uses_triton(x):
         return rotate_triton(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
