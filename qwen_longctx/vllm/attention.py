@@ -161,7 +161,8 @@ def paged_attention(
     rows, heads, head_dim = q.shape
     page_size = pages.shape[2]
     out = torch.zeros_like(q)
-    lse = torch.full((heads, rows), -torch.inf, device=q.device)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.full((heads, rows), -torch.inf, dtype=exact, device=q.device)
     starts = segment.rows.tolist()
     for piece, keys in enumerate(segment.keys.tolist()):
         here = slice(starts[piece], starts[piece + 1])

@@ -136,8 +136,8 @@ def refuse_engine(config: Any) -> None:
     stored = str(config.cache_config.cache_dtype)
     if stored.removeprefix("torch.") not in _PLAIN:
         raise Unsupported(
-            f"dual chunk attention needs keys in the dtype of the model, and the KV cache is {stored!r}: start vLLM with "
-            "--kv-cache-dtype auto, or bfloat16 where the checkpoint itself quantises its cache"
+            f"dual chunk attention needs keys in the dtype of the model, and the KV cache is {stored!r}: start vLLM "
+            "with --kv-cache-dtype auto, or bfloat16 where the checkpoint itself quantises its cache"
         )
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(config.parallel_config, option, 1) > 1:
