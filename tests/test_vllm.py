@@ -1,0 +1,300 @@
+"""The plugin in vLLM itself, on its CPU build: `.ci/vllm` installs that and runs this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen_longctx import patched_qwen
+from qwen_longctx.cli import BUNDLED
+from qwen_longctx.evaluation import passkey
+
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the bundled checkpoint says that it has 256 positions
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ.update(SETTINGS)
+vllm = pytest.importorskip("vllm", reason="needs vLLM")
+pytestmark = pytest.mark.slow
+
+GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
+STRIDE = 192
+PAGE = 64
+NEW = 8
+CLOSE = 5e-5  # of log-probabilities in float32, which two ways to sum differ by
+
+
+def start(checkpoint=BUNDLED, **options):
+    values = {
+        "dtype": "float32",
+        "max_model_len": 4352,
+        "enforce_eager": True,
+        "block_size": PAGE,
+        "max_num_batched_tokens": 500,  # a step crosses up to three borders of chunks
+        "max_num_seqs": 8,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    return vllm.LLM(str(checkpoint), **{**values, **options})
+
+
+def stop(engine):
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = start()
+    yield engine
+    stop(engine)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The bundled checkpoint without a section for dual chunk attention."""
+    folder = tmp_path_factory.mktemp("plain") / "checkpoint"
+    shutil.copytree(BUNDLED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dual_chunk_attention_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(BUNDLED)
+
+
+def prompts(*lengths, seed=0):
+    """Passkeys at different depths, as lists of token ids, and the keys."""
+    keys = [str(12345 + 6789 * i + seed) for i in range(len(lengths))]
+    depths = [(i + 0.5) / len(lengths) for i in range(len(lengths))]
+    made = [
+        passkey.prompt(TOKENIZER, n, depth, key)[0].tolist()
+        for n, depth, key in zip(lengths, depths, keys, strict=True)
+    ]
+    return made, keys
+
+
+def served(engine, prompts, new=NEW):
+    """Tokens and their log-probabilities, all prompts at once."""
+    sampling = vllm.SamplingParams(max_tokens=new, temperature=0, logprobs=1, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    return [
+        (list(one.token_ids), [at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)])
+        for one in (output.outputs[0] for output in outputs)
+    ]
+
+
+@torch.no_grad()
+def generated(model, prompts, new=NEW):
+    """The same by transformers, a prompt at a time."""
+    results = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        run = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        tokens = run.sequences[0, ids.shape[1] :].tolist()
+        logs = [score[0].log_softmax(-1)[token].item() for score, token in zip(run.scores, tokens, strict=True)]
+        results.append((tokens, logs))
+    return results
+
+
+def assert_same(found, wanted, close=CLOSE):
+    for (tokens, logs), (wanted_tokens, wanted_logs) in zip(found, wanted, strict=True):
+        assert tokens == wanted_tokens
+        assert logs == pytest.approx(wanted_logs, abs=close)
+
+
+def counted(engine, name):
+    return next(metric.value for metric in engine.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def test_mixed_batches_are_those_of_transformers(engine, model):
+    """Lengths around the borders of chunks, up to 16 chunks, prefilled in parts between steps of decoding."""
+    lengths = (100, 191, 192, 193, 383, 384, 385, 577, 700, 1000, 1900, 3072, 4000)
+    asked, keys = prompts(*lengths)
+    with patched_qwen(model, sparse="off"):
+        wanted = generated(model, asked)
+    found = served(engine, asked)
+    assert_same(found, wanted)
+    answers = [TOKENIZER.decode(tokens) for tokens, _ in found]
+    assert all(passkey.is_correct(answer, key) for answer, key in zip(answers, keys, strict=True))
+
+
+def test_decoding_across_a_border(engine, model):
+    asked, _ = prompts(180, 370, 570, 960, seed=1)
+    with patched_qwen(model, sparse="off"):
+        assert_same(served(engine, asked, new=30), generated(model, asked, new=30))
+
+
+def test_prefix_hits_change_nothing(engine, model):
+    """A prefix that other prompts have left in the cache, also where it ends in another chunk than the prompt."""
+    (long,), _ = prompts(3000, seed=2)
+    first = served(engine, [long])
+    before = counted(engine, "prefix_cache_hits")
+    assert_same(served(engine, [long]), first, close=1e-5)
+    assert counted(engine, "prefix_cache_hits") - before >= 3000 - 2 * PAGE
+    cut = [long[:n] + long[-12:] for n in (200, 390, 1500, 2990)]
+    before = counted(engine, "prefix_cache_hits")
+    with patched_qwen(model, sparse="off"):
+        assert_same(served(engine, cut), generated(model, cut))
+    assert counted(engine, "prefix_cache_hits") - before >= 4500
+
+
+def test_a_stock_model_is_unchanged(plain, model):
+    """The same weights without the section, within their trained length and beyond it, where they fail."""
+    engine = start(plain)
+    try:
+        asked, keys = prompts(150, 250, 1000, seed=3)
+        found = served(engine, asked)
+        assert_same(found, generated(model, asked))
+        assert [passkey.is_correct(TOKENIZER.decode(t), key) for (t, _), key in zip(found, keys, strict=True)][
+            2
+        ] is False
+    finally:
+        stop(engine)
+
+
+def test_preemption_changes_nothing(model):
+    """Fewer pages than the requests need: some are thrown out, and prefilled again later, at other borders."""
+    engine = start(num_gpu_blocks_override=4096 // PAGE, max_model_len=3072)
+    try:
+        asked, _ = prompts(*[590 + 7 * i for i in range(8)], seed=4)
+        with patched_qwen(model, sparse="off"):
+            wanted = generated(model, asked, new=24)
+        assert_same(served(engine, asked, new=24), wanted)
+        assert counted(engine, "num_preemptions") > 0
+    finally:
+        stop(engine)
+
+
+@pytest.mark.parametrize("temperature", ["position", False])
+def test_overrides_switch_it_on(plain, model, temperature):
+    section = {"chunk_size": 128, "local_size": 32, "original_max_position_embeddings": 256}
+    engine = start(
+        plain,
+        hf_overrides={"dual_chunk_attention_config": {**section, "attention_temperature": temperature}},
+        block_size=32,
+    )
+    try:
+        asked, _ = prompts(100, 300, 1500, seed=5)
+        with patched_qwen(model, sparse="off", **section, attention_temperature=temperature):
+            assert_same(served(engine, asked), generated(model, asked))
+    finally:
+        stop(engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"block_size": 128}, ValueError, "pages of 128 tokens do not divide the 192 tokens.*--block-size 64"),
+        ({"kv_cache_dtype": "fp8"}, NotImplementedError, "the KV cache is 'fp8'"),
+        (
+            {"hf_overrides": {"dual_chunk_attention_config": {**GEOMETRY, "attention_temperature": True}}},
+            NotImplementedError,
+            "which the engine does not know",
+        ),
+        (
+            {"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 256}}},
+            ValueError,
+            "lacks local_size, original_max_position_embeddings",
+        ),
+        ({"hf_overrides": {"dual_chunk_attention_config": {}}}, ValueError, "lacks chunk_size"),
+    ],
+)
+def test_refused_at_start(options, error, message):
+    with pytest.raises(error, match=message):
+        start(**options)
+
+
+def test_registering_twice():
+    from vllm.plugins import load_plugins_by_group
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from qwen_longctx.errors import PatchConflict
+
+    register = load_plugins_by_group("vllm.general_plugins")["qwen_longctx"]
+    register()
+    register()
+    register_backend(AttentionBackendEnum.FLASH_ATTN, "another.Backend")
+    with pytest.raises(PatchConflict, match="another plugin has made another.Backend the backend FLASH_ATTN"):
+        register()
+    AttentionBackendEnum.FLASH_ATTN.clear_override()
+    register()
+
+
+@pytest.fixture
+def server(plain, tmp_path):
+    """The server of the OpenAI API in a process of its own, compiled, on the checkpoint without the section."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    overrides = {"dual_chunk_attention_config": GEOMETRY, "max_position_embeddings": 4096}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--block-size", str(PAGE), "--served-model-name", "tiny"]
+    command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", "500", "--max-num-seqs", "8"]
+    environment = {k: v for k, v in os.environ.items() if k not in SETTINGS and k != "TRITON_INTERPRET"}
+    kept = {k: v for k, v in SETTINGS.items() if not k.startswith(("VLLM_ENABLE", "VLLM_ALLOW"))}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env={**environment, **kept}, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_the_http_server_streams(server, model):
+    asked, keys = prompts(250, 1500, 3000, seed=6)
+    for prompt, key in zip(asked, keys, strict=True):
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "logprobs": 1, "stream": True}
+        request = urllib.request.Request(
+            f"{server}/v1/completions",
+            json.dumps({**body, "ignore_eos": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            lines = [line.decode().removeprefix("data: ").strip() for line in reply if line.startswith(b"data: ")]
+        assert lines[-1] == "[DONE]"
+        pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
+        assert len(pieces) >= NEW - 1 and passkey.is_correct("".join(piece["text"] for piece in pieces), key)
+        logs = [log for piece in pieces if piece["logprobs"] for log in piece["logprobs"]["token_logprobs"]]
+        with patched_qwen(model, sparse="off"):
+            ((_, wanted),) = generated(model, [prompt])
+        assert logs == pytest.approx(wanted, abs=CLOSE)
