@@ -1,4 +1,4 @@
-"""The plugin in vLLM itself, on its CPU build: `.ci/vllm` installs that and runs this file."""
+"""The plugin in vLLM itself: `.ci/vllm` installs the CPU build of vLLM and runs this file. With a GPU it runs there."""
 
 from __future__ import annotations
 
@@ -32,15 +32,21 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = pytest.mark.slow
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
-STRIDE = 192
+ON_GPU = torch.cuda.is_available()
+DTYPE = "bfloat16" if ON_GPU else "float32"  # FlashAttention knows no float32
 PAGE = 64
+SMALL_PAGE = 16 if ON_GPU else 32
 NEW = 8
-CLOSE = 5e-5  # of log-probabilities in float32, which two ways to sum differ by
+SURE = (
+    6 if ON_GPU else None
+)  # tokens that are compared: the rest of an answer is guessed, and bfloat16 guesses otherwise
+CLOSE = 0.1 if ON_GPU else 5e-5  # of log-probabilities, which two ways to sum differ by
 
 
 def start(checkpoint=BUNDLED, **options):
     values = {
-        "dtype": "float32",
+        "dtype": DTYPE,
+        "gpu_memory_utilization": 0.3,
         "max_model_len": 4352,
         "enforce_eager": True,
         "block_size": PAGE,
@@ -129,8 +135,8 @@ def generated(model, prompts, new=NEW):
 
 def assert_same(found, wanted, close=CLOSE):
     for (tokens, logs), (wanted_tokens, wanted_logs) in zip(found, wanted, strict=True):
-        assert tokens == wanted_tokens
-        assert logs == pytest.approx(wanted_logs, abs=close)
+        assert tokens[:SURE] == wanted_tokens[:SURE]
+        assert logs[:SURE] == pytest.approx(wanted_logs[:SURE], abs=close)
 
 
 def counted(engine, name):
@@ -150,7 +156,7 @@ def test_mixed_batches_are_those_of_transformers(engine, model):
 
 
 def test_decoding_across_a_border(engine, model):
-    asked, _ = prompts(180, 370, 570, 960, seed=1)
+    asked, _ = prompts(188, 381, 572, 957, seed=1)
     with patched_qwen(model, sparse="off"):
         assert_same(served(engine, asked, new=30), generated(model, asked, new=30))
 
@@ -160,7 +166,7 @@ def test_prefix_hits_change_nothing(engine, model):
     (long,), _ = prompts(3000, seed=2)
     first = served(engine, [long])
     before = counted(engine, "prefix_cache_hits")
-    assert_same(served(engine, [long]), first, close=1e-5)
+    assert_same(served(engine, [long]), first, close=CLOSE / 5)
     assert counted(engine, "prefix_cache_hits") - before >= 3000 - 2 * PAGE
     cut = [long[:n] + long[-12:] for n in (200, 390, 1500, 2990)]
     before = counted(engine, "prefix_cache_hits")
@@ -182,6 +188,7 @@ def test_a_stock_model_is_unchanged(plain, model):
         stop(engine)
 
 
+@pytest.mark.skipif(ON_GPU, reason="random tokens have no sure answer in bfloat16")
 def test_preemption_changes_nothing(model):
     """Fewer pages than the requests need: some are thrown out, and prefilled again later, at other borders."""
     engine = start(num_gpu_blocks_override=4096 // PAGE, max_model_len=3072)
@@ -202,7 +209,7 @@ def test_overrides_switch_it_on(plain, model, temperature):
     engine = start(
         plain,
         hf_overrides={"dual_chunk_attention_config": {**section, "attention_temperature": temperature}},
-        block_size=32,
+        block_size=SMALL_PAGE,
     )
     try:
         asked, _ = prompts(100, 300, 1500, seed=5)
@@ -238,6 +245,15 @@ def test_compiled(model):
             "lacks local_size, original_max_position_embeddings",
         ),
         ({"hf_overrides": {"dual_chunk_attention_config": {}}}, ValueError, "lacks chunk_size"),
+        pytest.param(
+            {"kv_cache_dtype": "fp8"}, NotImplementedError, "the KV cache is 'fp8'", marks=pytest.mark.gpu
+        ),  # vLLM refuses it by itself on many CPUs
+        pytest.param(
+            {"attention_backend": "TRITON_ATTN"},
+            NotImplementedError,
+            "chose the attention backend TRITON_ATTN.*--attention-backend FLASH_ATTN",
+            marks=pytest.mark.gpu,
+        ),
     ],
 )
 def test_refused_at_start(options, error, message):
@@ -269,9 +285,9 @@ def server(plain, tmp_path):
         port = probe.getsockname()[1]
     overrides = {"dual_chunk_attention_config": GEOMETRY, "max_position_embeddings": 4096}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--block-size", str(PAGE), "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--block-size", str(PAGE), "--served-model-name", "tiny"]
     command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", "500", "--max-num-seqs", "8"]
-    command += ["--enforce-eager"]
+    command += ["--enforce-eager", "--gpu-memory-utilization", "0.3"]
     environment = {k: v for k, v in os.environ.items() if k not in SETTINGS and k != "TRITON_INTERPRET"}
     kept = {k: v for k, v in SETTINGS.items() if not k.startswith(("VLLM_ENABLE", "VLLM_ALLOW"))}
     log = tmp_path / "log"
@@ -305,7 +321,7 @@ def test_the_http_server_streams(server, model):
         assert lines[-1] == "[DONE]"
         pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
         assert len(pieces) >= NEW - 1 and passkey.is_correct("".join(piece["text"] for piece in pieces), key)
-        logs = [log for piece in pieces if piece["logprobs"] for log in piece["logprobs"]["token_logprobs"]]
+        found = [log for piece in pieces if piece["logprobs"] for log in piece["logprobs"]["token_logprobs"]]
         with patched_qwen(model, sparse="off"):
             ((_, wanted),) = generated(model, [prompt])
-        assert logs == pytest.approx(wanted, abs=CLOSE)
+        assert found[:SURE] == pytest.approx(wanted[:SURE], abs=CLOSE)
