@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,14 +12,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import tiny_model
 from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.evaluation import passkey
+from qwen_longctx.vllm.attention import Segment, attend, paged_attention
+from qwen_longctx.vllm.settings import settings_of
+from test_vllm_pages import PAGE as PAGE_SIZE
+from test_vllm_pages import Batch, config
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -217,6 +224,81 @@ def test_overrides_switch_it_on(plain, model, temperature):
             assert_same(served(engine, asked), generated(model, asked))
     finally:
         stop(engine)
+
+
+@pytest.mark.skipif(ON_GPU, reason="random weights have no sure answer in bfloat16")
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])  # Qwen3-MoE as small as this is NaN without the plugin too
+def test_families(family, tmp_path):
+    """Norms of queries and keys, and layers of experts, of random models."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    section = {"chunk_size": 128, "local_size": 32, "original_max_position_embeddings": 64}
+    model = tiny_model(family, **sizes, max_position_embeddings=64, dual_chunk_attention_config=section)
+    model.save_pretrained(tmp_path)
+    engine = start(tmp_path, skip_tokenizer_init=True, block_size=SMALL_PAGE, max_model_len=1024)
+    try:
+        generator = torch.Generator().manual_seed(8)
+        asked = [torch.randint(1, 128, (n,), generator=generator).tolist() for n in (50, 120, 700)]
+        sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": ids} for ids in asked], sampling, use_tqdm=False)
+        for ids, output in zip(asked, outputs, strict=True):
+            with patched_qwen(model, sparse="off"), torch.no_grad():
+                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            wanted = [logs[place - 1, token].item() for place, token in enumerate(ids) if place]
+            found = [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            assert found == pytest.approx(wanted, abs=CLOSE)
+    finally:
+        stop(engine)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there the kernels themselves are tested")
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "requests", [[(0, 5), (3, 1)], [(60, 1), (3, 1), (31, 1)], [(0, 70), (47, 1), (0, 0), (13, 4)]]
+)
+def test_flash_attention_is_called_as_it_is_defined(requests, version, monkeypatch):
+    """The backend for GPUs with PyTorch in the place of FlashAttention, which is asked with its own arguments."""
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    from qwen_longctx.vllm.flash import DualChunkFlashAttentionImpl
+
+    settings, batch = settings_of(config()), Batch(requests)
+    step = batch.step(settings, dtype=torch.float32)
+    pages = torch.randn(batch.table.numel(), 2, PAGE_SIZE, 2 * 8)
+    calls = []
+
+    def kernel(**given):
+        inspect.signature(flash_attn_varlen_func).bind(**given)
+        assert given["fa_version"] == version and given["return_softmax_lse"] and given["num_splits"] == 0
+        segment = Segment(
+            *(
+                given[name]
+                for name in ("cu_seqlens_q", "seqused_k", "block_table", "max_seqlen_q", "max_seqlen_k", "causal")
+            )
+        )
+        assert (segment.keys <= segment.most_keys).all() and (segment.rows.diff() <= segment.most_queries).all()
+        calls.append(segment)
+        both = torch.cat((given["k"], given["v"]), -1).transpose(1, 2)
+        out, lse = paged_attention(given["q"], both, segment, given["softmax_scale"])
+        return out, torch.where(lse == -torch.inf, torch.inf, lse) if version == 2 else lse
+
+    def whole(self, layer, query, key, value, kv_cache, metadata, output):
+        output[:] = paged_attention(query, kv_cache, step.segments["intra"], self.scale)[0]
+        return output
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", kernel, raising=False)
+    monkeypatch.setattr(FlashAttentionImpl, "forward", whole)
+    layer = object.__new__(DualChunkFlashAttentionImpl)
+    layer.dual_chunk, layer.head_size, layer.scale, layer.vllm_flash_attn_version = settings, 8, 0.3, version
+    query = torch.randn(int(batch.starts[-1]) + 3, 4, 8)  # padded, as for a graph
+    rows = len(query) - 3
+    metadata = SimpleNamespace(num_actual_tokens=rows, dual_chunk=step, max_num_splits=0)
+    output = torch.full((rows, 4, 8), torch.nan)
+    assert layer.forward(None, query, None, None, pages, metadata, output) is output
+    wanted = attend(query[:rows], step, lambda q, segment: paged_attention(q, pages, segment, 0.3))
+    torch.testing.assert_close(output, wanted)
+    assert len(calls) == (0 if len(step.kinds) == 1 else len(step.kinds))
 
 
 def test_compiled(model):

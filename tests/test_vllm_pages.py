@@ -48,7 +48,8 @@ class Batch:
 
     def step(self, settings, rows=None, longest=None, host=None, dtype=torch.float64):
         return Step(
-            settings,
+            settings.geometry,
+            settings.inv_freq(self.starts.device),
             self.starts,
             self.starts if host is None else host,
             self.lengths,
@@ -202,6 +203,9 @@ def test_pages_across_the_border_of_chunks_are_refused():
         settings.check_page_size(page_size)
     with pytest.raises(ValueError, match="pages of 32 tokens do not divide the 16 tokens.*--block-size 16"):
         settings.check_page_size(32)
+    odd = settings_of(config(dual_chunk_attention_config={**SECTION, "chunk_size": 28}))
+    with pytest.raises(ValueError, match="pages of 16 tokens do not divide the 20 tokens.*choose another local_size"):
+        odd.check_page_size(16)
 
 
 def test_engines_that_are_refused():

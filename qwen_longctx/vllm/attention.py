@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from qwen_longctx import ops
+from qwen_longctx.config import Geometry
 from qwen_longctx.geometry.positions import Kind, query_positions
 from qwen_longctx.geometry.rotary import rotate, rotation, temperature
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.vllm.pages import KINDS, Pieces, cut, positions, segment_table
-from qwen_longctx.vllm.settings import DualChunk
 
 
 class Segment(NamedTuple):
@@ -60,7 +60,9 @@ class Step:
 
     Parameters
     ----------
-    settings : DualChunk
+    geometry : Geometry
+    inv_freq : torch.Tensor
+        Shape (head_dim / 2,): rotary frequencies.
     starts, starts_host, lengths : torch.Tensor
         As in `pages.cut`.
     rows : int
@@ -75,7 +77,8 @@ class Step:
 
     def __init__(
         self,
-        settings: DualChunk,
+        geometry: Geometry,
+        inv_freq: torch.Tensor,
         starts: torch.Tensor,
         starts_host: torch.Tensor,
         lengths: torch.Tensor,
@@ -85,7 +88,6 @@ class Step:
         most_queries: int,
         dtype: torch.dtype,
     ) -> None:
-        geometry = settings.geometry
         stride = geometry.stride
         self._stride, self._most_queries = stride, most_queries
         last = max(longest - 1, 0) // stride  # the last chunk that a query may lie in
@@ -97,7 +99,6 @@ class Step:
         factor = None
         if geometry.attention_temperature and longest > geometry.original_max_position_embeddings:
             factor = temperature((where + 1).double(), geometry.original_max_position_embeddings)[None]
-        inv_freq = settings.inv_freq(where.device)
         self.rotations = [
             rotation(query_positions(kind, where, stride, geometry.chunk_size)[None], inv_freq, 1.0, dtype, factor)
             for kind in self.kinds

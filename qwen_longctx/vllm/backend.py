@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
 from qwen_longctx.errors import MissingPackage, Unsupported
 from qwen_longctx.vllm.attention import Step
-from qwen_longctx.vllm.settings import DualChunk, settings_of, uses_dual_chunk
+from qwen_longctx.vllm.settings import DualChunk, refuse_cache, settings_of, uses_dual_chunk
 
 
 class DualChunkBackend:
@@ -39,6 +39,7 @@ class DualChunkImpl:
                 "dual chunk attention is causal, and this model attends in both directions: remove "
                 "dual_chunk_attention_config from config.json or --hf-overrides"
             )
+        refuse_cache(self.kv_cache_dtype)  # type: ignore[attr-defined]  # which a quantised checkpoint can choose
         self.dual_chunk = settings_of(get_current_vllm_config().model_config.hf_text_config)
 
 
@@ -54,6 +55,7 @@ class DualChunkBuilder:
         self._dtype = vllm_config.model_config.dtype
         if self._settings is not None:
             self._settings.check_page_size(self._page_size)
+            self._inv_freq = self._settings.inv_freq(device)
             self.supports_draft_decode_metadata_update = False  # it would leave our part of the metadata behind
 
     @classmethod
@@ -69,7 +71,8 @@ class DualChunkBuilder:
         if self._settings is not None:
             common = common_attn_metadata
             step = Step(
-                self._settings,
+                self._settings.geometry,
+                self._inv_freq,
                 common.query_start_loc,
                 common.query_start_loc_cpu,
                 common.seq_lens,

@@ -19,6 +19,7 @@ check_signature(
     *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
 )
 check_signature(CPUAttentionBackendImpl.do_kv_cache_update, "self", "layer", "key", "value", "kv_cache", "slot_mapping")
+check_signature(CPUAttentionMetadataBuilder.build, "self", "common_prefix_len", "common_attn_metadata", "fast_build")
 
 
 class DualChunkCPUAttentionBuilder(DualChunkBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]

@@ -20,6 +20,7 @@ check_signature(
     FlashAttentionImpl.forward,
     *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
 )
+check_signature(FlashAttentionMetadataBuilder.build, "self", "common_prefix_len", "common_attn_metadata", "fast_build")
 
 
 class DualChunkFlashAttentionBuilder(DualChunkBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -72,7 +73,7 @@ class DualChunkFlashAttentionImpl(DualChunkImpl, FlashAttentionImpl):  # type: i
             # in rows without keys version 2 says +inf, where others say -inf
             return out, lse.masked_fill(lse == torch.inf, -torch.inf) if self.vllm_flash_attn_version == 2 else lse
 
-        output[:rows] = attend(query, step, kernel).view_as(output[:rows])
+        output[:rows] = attend(query, step, kernel)
         return output
 
 

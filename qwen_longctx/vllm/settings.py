@@ -18,6 +18,7 @@ SECTION = "dual_chunk_attention_config"
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 _TEMPERATURE = "attention_temperature"
 _SPARSE = tuple(f"sparse_attention_{name}" for name in ("config", "enabled", "last_q", "threshold"))
+_LEAST_PAGE = 16  # tokens, of vLLM's backends
 _PLAIN = ("auto", "bfloat16", "float16", "float32", "half", "float")  # dtypes of a cache that is not quantised
 
 
@@ -53,9 +54,10 @@ class DualChunk:
         stride = self.geometry.stride
         if stride % page_size:
             largest = stride & -stride
+            way = f"start vLLM with --block-size {largest}" if largest >= _LEAST_PAGE else "choose another local_size"
             raise InvalidValue(
                 f"pages of {page_size} tokens do not divide the {stride} tokens of a chunk (chunk_size - local_size): "
-                f"start vLLM with --block-size {largest}, or a smaller power of 2"
+                + way
             )
 
 
@@ -133,15 +135,25 @@ def refuse_engine(config: Any) -> None:
     ------
     NotImplementedError, ValueError
     """
-    stored = str(config.cache_config.cache_dtype)
-    if stored.removeprefix("torch.") not in _PLAIN:
-        raise Unsupported(
-            f"dual chunk attention needs keys in the dtype of the model, and the KV cache is {stored!r}: start vLLM "
-            "with --kv-cache-dtype auto, or bfloat16 where the checkpoint itself quantises its cache"
-        )
+    refuse_cache(config.cache_config.cache_dtype)
     for option in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(config.parallel_config, option, 1) > 1:
             raise Unsupported(
                 f"{option} {getattr(config.parallel_config, option)} spreads the keys of a sequence over devices, "
                 "which dual chunk attention does not do: leave it at 1, and use --tensor-parallel-size"
             )
+
+
+def refuse_cache(dtype: Any) -> None:
+    """Refuse keys and values that are not held as they are.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    stored = str(dtype).removeprefix("torch.")
+    if stored not in _PLAIN:
+        raise Unsupported(
+            f"dual chunk attention needs keys in the dtype of the model, and the KV cache is {stored!r}: start vLLM "
+            "with --kv-cache-dtype auto, or bfloat16 where the checkpoint itself quantises its cache"
+        )
