@@ -118,13 +118,16 @@ def paged(batch, keys, values):
     return pages
 
 
-@pytest.mark.parametrize("heat", [False, "position"])
+MIXED = [(0, 50), (47, 1), (13, 4), (0, 0), (31, 2), (15, 18)]  # across several borders
+
+
 @pytest.mark.parametrize(
-    "requests",
+    ("requests", "heat"),
     [
-        [(0, 5), (3, 1), (0, 12)],  # below one chunk
-        [(60, 1), (3, 1), (31, 1), (16, 1)],  # decoding
-        [(0, 70), (47, 1), (13, 4), (0, 0), (31, 2), (15, 18)],  # mixed, across several borders
+        ([(0, 5), (3, 1), (0, 12)], "position"),  # below one chunk
+        ([(60, 1), (3, 1), (31, 1), (16, 1)], "position"),  # decoding
+        (MIXED, "position"),
+        (MIXED, False),
     ],
 )
 def test_attention_on_pages_is_that_of_the_definition(requests, heat):
@@ -140,17 +143,14 @@ def test_attention_on_pages_is_that_of_the_definition(requests, heat):
                 k[place, head] = rotated(k[place, head], place % STRIDE, inv_freq)
     pages = paged(batch, turned, values)
     rows = torch.cat([q[before:] for q, (before, _) in zip(queries, requests, strict=True)])
+    wanted = []
+    for q, k, v, (before, _) in zip(queries, keys, values, requests, strict=True):
+        factors = torch.tensor([settings.geometry.temperature(p + 1) for p in range(len(q))], dtype=torch.float64)
+        wanted.append(dual_chunk_attention(q * factors[:, None, None], k, v, inv_freq, 24, 8, 0.3)[before:])
     for longest in (batch.longest, 200):  # an engine may give an upper bound
         step = batch.step(settings, longest=longest)
         out = attend(rows, step, lambda q, segment: paged_attention(q, pages, segment, 0.3))
-        done = 0
-        for q, k, v, (before, new) in zip(queries, keys, values, requests, strict=True):
-            if not new:
-                continue
-            factors = torch.tensor([settings.geometry.temperature(p + 1) for p in range(len(q))], dtype=torch.float64)
-            wanted = dual_chunk_attention(q * factors[:, None, None], k, v, inv_freq, 24, 8, 0.3)[before:]
-            torch.testing.assert_close(out[done : done + new], wanted, atol=1e-12, rtol=1e-12)
-            done += new
+        torch.testing.assert_close(out, torch.cat(wanted), atol=1e-12, rtol=1e-12)
 
 
 def test_a_step_below_one_chunk_is_one_causal_call():
@@ -158,6 +158,8 @@ def test_a_step_below_one_chunk_is_one_causal_call():
     assert step.kinds == ("intra",) and list(step.segments) == ["intra"]
     assert step.segments["intra"].keys.tolist() == [5, 16] and step.segments["intra"].causal
     assert Batch([(0, 5), (16, 1)]).step(settings_of(config())).kinds == ("intra", "successive")
+    far = Batch([(60, 1)]).step(settings_of(config())).segments
+    assert {kind: one.most_keys for kind, one in far.items()} == {"intra": 16, "successive": 16, "inter": 32}
 
 
 @pytest.mark.parametrize(
