@@ -361,7 +361,7 @@ def test_registering_twice():
 
 @pytest.fixture
 def server(plain, tmp_path):
-    """The server of the OpenAI API in a process of its own, on the checkpoint without the section."""
+    """The server of the OpenAI API on the checkpoint without the section; two processes hold half of the heads each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -369,14 +369,16 @@ def server(plain, tmp_path):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--block-size", str(PAGE), "--served-model-name", "tiny"]
     command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", "500", "--max-num-seqs", "8"]
-    command += ["--enforce-eager", "--gpu-memory-utilization", "0.3"]
-    environment = {k: v for k, v in os.environ.items() if k not in SETTINGS and k != "TRITON_INTERPRET"}
-    kept = {k: v for k, v in SETTINGS.items() if not k.startswith(("VLLM_ENABLE", "VLLM_ALLOW"))}
+    ranks = 1 if torch.cuda.device_count() == 1 else 2
+    command += ["--enforce-eager", "--gpu-memory-utilization", "0.3", "--tensor-parallel-size", str(ranks)]
+    of_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "TRITON_INTERPRET")
+    environment = {key: value for key, value in os.environ.items() if key not in of_tests}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env={**environment, **kept}, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        for _ in range(240):
+        for _ in range(400):
             assert process.poll() is None, log.read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()

@@ -59,13 +59,12 @@ def cut(starts: torch.Tensor, starts_host: torch.Tensor, lengths: torch.Tensor, 
     """
     most = (starts_host[1:] - starts_host[:-1]).clamp(min=1).long()
     counts = 1 + (most + stride - 2) // stride  # borders that so many tokens can cross, wherever they lie
-    requests = torch.arange(len(counts))
     whole = bool((counts == 1).all())
     if whole:
-        owner = requests.to(lengths.device)
+        owner = torch.arange(len(counts), device=lengths.device)
         part = torch.zeros_like(owner)
     else:
-        owners = requests.repeat_interleave(counts)
+        owners = torch.arange(len(counts)).repeat_interleave(counts)
         parts = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
         owner, part = torch.stack((owners, parts)).to(lengths.device)
     first_row, end = starts[:-1].long()[owner], lengths.long()[owner]
