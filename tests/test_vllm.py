@@ -359,6 +359,23 @@ def test_registering_twice():
     register()
 
 
+def test_speculative_decoding(model):
+    """Drafts of four tokens, which cross borders of chunks and are partly rejected.
+
+    The last engine of this process: drafts load numba, after which vLLM 0.32 cannot start another.
+    """
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    engine = start(speculative_config=drafts)
+    try:
+        asked, _ = prompts(100, 188, 572, 957, 1900, seed=10)
+        with patched_qwen(model, sparse="off"):
+            assert_same(served(engine, asked, new=40), generated(model, asked, new=40))
+        drafted, accepted = (counted(engine, f"spec_decode_num_{name}_tokens") for name in ("draft", "accepted"))
+        assert 0 < accepted < drafted
+    finally:
+        stop(engine)
+
+
 @pytest.fixture
 def server(plain, tmp_path):
     """The server of the OpenAI API on the checkpoint without the section; two processes hold half of the heads each."""
