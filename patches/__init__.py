@@ -180,7 +180,8 @@ def _class_targets() -> list[tuple[type, Replacement]]:
     families = [family for family in FAMILIES if family.supported()]
     for family in families or FAMILIES[:1]:
         family.check()
-    return [target for family in families for target in family.targets()]
+    targets = (target for family in families for target in family.targets())
+    return [(owner, replacement) for owner, replacement in targets if not replacement.of_models_only]
 
 
 def _check_values(overrides: dict[str, Any]) -> None:

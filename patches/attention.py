@@ -14,8 +14,10 @@ from qwen_longctx.geometry.rotary import rotate
 from qwen_longctx.kv.eight_bit import Turning
 from qwen_longctx.kv.hf_cache import append, write
 from qwen_longctx.kv.store import Store, Tensors
+from qwen_longctx.ops import thin
 from qwen_longctx.ops.device import cast
-from qwen_longctx.patches.linear import rows_for
+from qwen_longctx.ops.fp8 import Rows
+from qwen_longctx.patches.linear import rows_for, thin_weights
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
 
@@ -25,7 +27,7 @@ IMPLEMENTATION = "qwen_dca"
 def attention_forward(
     patched: PatchedMethod,
     self: Any,
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | Rows,
     position_embeddings: Any = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
@@ -33,7 +35,10 @@ def attention_forward(
     dual_chunk: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back."""
+    """Project, rotate keys by ``position mod stride``, cache, attend by segments, project back.
+
+    Hidden states come in 8 bits from `layer_forward`, if all projections take them so.
+    """
     if dual_chunk is None:
         if stock_forward(type(self).__module__):
             arguments = {"hidden_states": hidden_states, "position_embeddings": position_embeddings}
@@ -48,23 +53,23 @@ def attention_forward(
         raise Unsupported(
             f"attention_dropout={self.attention_dropout} is not supported by dual chunk attention: set it to 0"
         )
-    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    x = rows_for(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-    q = self.q_proj(x).view(shape)
-    k = self.k_proj(x).view(shape)
-    v = self.v_proj(x).view(shape)
+    given = hidden_states.values if isinstance(hidden_states, Rows) else hidden_states
+    shape = (*given.shape[:-1], -1, self.head_dim)
+    q, k, v = (x.view(shape) for x in _projected(hidden_states, self.q_proj, self.k_proj, self.v_proj))
     if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
-    k = cast(rotate(k, dual_chunk.tables.keys), v.dtype)  # under autocast norms and tables are float32
-    kv: Store | Tensors = Tensors(k, v)
+    tables = dual_chunk.tables
+    kv: Store | Tensors
     if dual_chunk.slot is not None:
-        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot)
-    elif past_key_values is not None:
-        tables = dual_chunk.tables
-        # a norm leaves no bias to take out, and layers that quantise weights may name none
-        bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
-        turning = Turning(tables.spots, *tables.source)
-        kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
+        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot, tables)
+    else:
+        k = cast(rotate(k, tables.keys), v.dtype)  # under autocast norms and tables are float32
+        kv = Tensors(k, v)
+        if past_key_values is not None:
+            # a norm leaves no bias to take out, and layers that quantise weights may name none
+            bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
+            turning = Turning(tables.spots, *tables.source)
+            kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
     tokens, dtype = kv.size()
     if tokens < dual_chunk.length:
         raise PatchConflict(
@@ -76,7 +81,16 @@ def attention_forward(
     attend = dense.attend if in_graph else _attend_outside_of_graphs
     out = cast(attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
-    return self.o_proj(out), weights
+    return _projected(out, self.o_proj)[0], weights
+
+
+def _projected(x: torch.Tensor | Rows, *layers: nn.Module) -> list[torch.Tensor]:
+    """What linear layers make of `x`, of shape (batch, tokens, inputs)."""
+    held = thin_weights(x, *layers)
+    if held is not None:
+        return thin.linear(x, *held)
+    rows = rows_for(x, *layers)
+    return [layer(rows) for layer in layers]
 
 
 # the launch of a decoding step is cut for the device by the host, which a graph has no use for

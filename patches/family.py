@@ -16,6 +16,7 @@ from qwen_longctx.errors import MissingPackage, PatchConflict
 from qwen_longctx.patches.attention import attention_forward
 from qwen_longctx.patches.causal_lm import causal_lm_forward
 from qwen_longctx.patches.generation import generate, refuse_batching
+from qwen_longctx.patches.layer import layer_forward
 from qwen_longctx.patches.method import _RENAMED, OLD_NAME, stock_function
 from qwen_longctx.patches.mlp import mlp_forward
 from qwen_longctx.patches.model import model_forward
@@ -47,6 +48,8 @@ class Replacement(NamedTuple):
         A call is a run of the whole model.
     of_classes_only : bool
         Is not needed where one model is patched.
+    of_models_only : bool
+        Would be in the way on a class: layers of transformers compare their class's forward with their own.
     """
 
     suffix: str
@@ -57,6 +60,7 @@ class Replacement(NamedTuple):
     vital: bool = False
     is_run: bool = False
     of_classes_only: bool = False
+    of_models_only: bool = False
 
 
 _STATE = ("attention_mask", "cache" if _RENAMED else OLD_NAME)
@@ -83,6 +87,14 @@ REPLACEMENTS = (
         ("hidden_states", "position_embeddings", *_STATE, "kwargs"),
         _OLD,
         vital=True,
+    ),
+    Replacement(
+        "DecoderLayer",
+        "forward",
+        layer_forward,
+        ("hidden_states", "position_embeddings", "position_ids", *_STATE, "kwargs"),
+        (*_OLD, "use_cache"),
+        of_models_only=True,
     ),
     Replacement("MLP", "forward", mlp_forward, ("x",)),
     Replacement("RMSNorm", "forward", norm_forward, ("hidden_states",)),

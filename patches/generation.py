@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from qwen_longctx import settings_of
 from qwen_longctx.config import LongContextConfig
-from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import read_call
+from qwen_longctx.kv.fingerprint import base_of
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
@@ -24,9 +27,12 @@ from qwen_longctx.patches.model import (
     no_batching,
     padding_mask,
 )
+from qwen_longctx.patches.runs import outermost
 
 _STATIC = ("static", "offloaded_static")
+_DYNAMIC = (None, "dynamic", "dynamic_full")  # the last is what older transformers ask for drafts
 Configs = tuple[Any, ...]  # generation configs, the most binding first
+Partner = tuple[Any, LongContextConfig]  # a base model and its settings
 
 
 def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
@@ -48,13 +54,13 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     check_static_cache(cache, tokens, settings)
     length = min(limit, tokens + STEP)  # the cache grows from there on
     uses_cache = _option(configs, arguments, "use_cache") is not False
-    ours = cache is None and implementation in (None, "dynamic") and uses_cache and prompt is not None
-    if prompt is not None and (ours or cache is not None):
-        _check_memory(self, prompt, cache, length, settings, configs, arguments)
+    ours = cache is None and implementation in _DYNAMIC and uses_cache and prompt is not None
     if ours:
         cache = arguments["past_key_values"] = LongContextCache(length, kv_cache=settings.kv_cache)
-        if implementation is not None:  # transformers refuses it beside a cache
-            arguments["cache_implementation"] = None
+    if prompt is not None and cache is not None:
+        _check_memory(self, prompt, cache, length, settings, configs, arguments, ours)
+    if ours and implementation is not None:  # transformers refuses it beside a cache
+        arguments["cache_implementation"] = None
     captures = settings.cuda_graphs and limit - tokens >= graphs.FEWEST_TOKENS
     begun = 1 if prompt is None else prompt.shape[1]
     announced, end = 0 if prompt is None or held else begun, begun + held * (begun <= held)
@@ -191,14 +197,45 @@ def _check_memory(
     settings: LongContextConfig,
     configs: Configs,
     arguments: dict[str, Any],
+    ours: bool,
 ) -> None:
-    """Say before the start that a run of `length` tokens cannot fit."""
+    """Say before the start that a run of `length` tokens cannot fit, and decide the kind of its cache if it is open."""
     beams, sequences = (_option(configs, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
     mask = padding_mask(arguments.get("attention_mask"))
     padded = isinstance(mask, torch.Tensor) and not bool(mask.all())
     rows = prompt.shape[0] * max(beams, sequences)
-    need = room.need_of(model.model, cache, length, rows, padded=padded, beams=beams > 1)
-    room.check_room(model.model, need, room.with_kind_of(cache, settings))
+    need = room.need_of(model.model, cache, length, rows, padded=padded, beams=beams > 1)._replace(own=ours)
+    drafts, target = _partners(model, arguments)
+
+    def others(kind: str) -> Counter[torch.device]:
+        if drafts is None:
+            return Counter()
+        own = drafts[1].kv_cache
+        return room.bytes_of_cache(drafts[0], length, rows, kind if own == "auto" else own)
+
+    judging = 0 if target is None else room.bytes_beside_cache(target[0], length, rows, target[1])
+    room.check_room(model.model, need, room.with_kind_of(cache, settings), cache, others, judging)
+    if ours and drafts is not None and drafts[1].kv_cache == "auto":
+        room.take_room(model.model, cache, rows)  # so that the drafts find what is left
+
+
+def _partners(model: Any, arguments: dict[str, Any]) -> tuple[Partner | None, Partner | None]:
+    """In assisted decoding the base model that makes drafts, or the one that judges those of `model`; with settings.
+
+    Where a draft model is not patched, nothing is known of its cache.
+    """
+    drafts, outer = arguments.get("assistant_model"), outermost()
+    return tuple(
+        None if one is None or one is model or (settings := _settings_of(one)) is None else (base_of(one), settings)
+        for one in (drafts, outer)
+    )
+
+
+def _settings_of(model: Any) -> LongContextConfig | None:
+    try:
+        return settings_of(model)
+    except InvalidType:  # a model of another kind
+        return None
 
 
 def refuse_batching(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:

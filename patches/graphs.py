@@ -15,23 +15,28 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from qwen_longctx.attention.choice import blocks_kept
 from qwen_longctx.geometry import layout, step
 from qwen_longctx.geometry.layout import Layout, RotarySource
 from qwen_longctx.geometry.rotary import RotaryTables
 from qwen_longctx.geometry.step import Numbers
+from qwen_longctx.kv.eight_bit import EightBitStore
 from qwen_longctx.kv.hf_cache import LongContextCache, LongContextLayer
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import Store
+from qwen_longctx.ops.choose import MEAN
 from qwen_longctx.patches import runs
 from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.linear import Fp8Linear
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod, slot_of, stock_function
+from qwen_longctx.prefill.peak import GRAPH
 from qwen_longctx.prefill.run import Run
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ _ALIKE = 3  # tokens in a row under equal conditions before one is captured
 _HOMES = ("torch.nn.modules.", "transformers.models.qwen2.", "transformers.models.qwen3.", "transformers.activations")
 _COPIED = ("position_ids", "cache_position")  # dual chunk attention does not ask for them, the stock forward does
 _TAKEN = ("input_ids", "attention_mask", OLD_NAME, "use_cache", *_COPIED)
+_STORES = (Store, EightBitStore)
 _IDLE = "transformers.utils.output_capturing"  # its hooks do nothing while no outputs of layers are asked for
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -110,10 +116,14 @@ class Decoding:
             for name in ("input_ids", *_COPIED)
             if arguments.get(name) is not None
         )
-        buffers = tuple(
-            (x.data_ptr(), x.shape, x.stride(), x.dtype) for layer in run.cache.layers for x in layer.store.buffers
+        kept = _blocks_kept(run)
+        if kept is not None:
+            for layer in run.cache.layers:
+                layer.store.means_room(MEAN)  # those that the host counts, so that the graph adds one at a time
+        held = tuple(
+            (x.data_ptr(), x.shape, x.stride(), x.dtype) for layer in run.cache.layers for x in layer.store.held()
         )
-        return self._watch.state, given, rows, buffers, _modes(run.device), bool(arguments.get("use_cache"))
+        return self._watch.state, given, rows, held, kept, _modes(run.device), bool(arguments.get("use_cache"))
 
     def _capture(self, patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, Any]) -> Any:
         """Run a token in the way that can be captured, then capture it for the next ones."""
@@ -163,12 +173,15 @@ class _Watch:
         return all(x.device == device and type(x.data) is torch.Tensor for x in tensors)
 
     def _look(self) -> tuple[Any, ...]:
+        # a thousand looks a token, so loops are left to map
+        tensors = [x for x in chain.from_iterable(map(dict.values, self._tensors)) if x is not None]
         return (
-            tuple(chain.from_iterable(map(dict.values, self._children))),
-            tuple([(x.data_ptr(), x.dtype) for held in self._tensors for x in held.values() if x is not None]),
-            tuple([own.get("forward") for own in self._own]),
-            tuple(kind.forward for kind in self._kinds),
-            tuple(map(len, self._hooks)),
+            list(chain.from_iterable(map(dict.values, self._children))),
+            list(map(torch.Tensor.data_ptr, tensors)),
+            list(map(attrgetter("dtype"), tensors)),
+            list(map(dict.get, self._own, repeat("forward"))),
+            [kind.forward for kind in self._kinds],
+            list(map(len, self._hooks)),
             self.model.training,
             self.model.config.num_hidden_layers,
         )
@@ -200,13 +213,11 @@ def _plain_call(model: Any, run: Run, arguments: dict[str, Any]) -> bool:
         return False
     if not getattr(model.config, "return_dict", True) or arguments["input_ids"].shape[1] != 1:
         return False
-    if run.settings.sparse_decode is not None:  # the host counts its blocks
-        return False
     dtype = model.embed_tokens.weight.dtype
     if torch.is_autocast_enabled(run.device.type) or not _has_room(run, dtype):
         return False
-    kind = _rotary(model), dtype, run.device, 1
-    return layout.takes_one_pass(run.settings, *kind) and not _watched()
+    head_dim = 2 * len(_rotary(model).inv_freq)
+    return not layout.why_not(run.settings.kernel, run.device, dtype, head_dim, 1) and not _watched()
 
 
 def _has_room(run: Run, dtype: torch.dtype) -> bool:
@@ -216,18 +227,25 @@ def _has_room(run: Run, dtype: torch.dtype) -> bool:
     inference = torch.is_inference_mode_enabled()
     for layer in run.cache.layers:
         store = getattr(layer, "store", None)
-        if type(layer) is not LongContextLayer or type(store) is not Store or store.buffers is None:
+        if type(layer) is not LongContextLayer or type(store) not in _STORES or store.buffers is None:
             return False
-        keys = store.buffers[0]
-        fits = keys.shape[0] == len(run.call.rows) and keys.shape[1] >= run.call.end
-        if not fits or (keys.dtype, keys.device) != (dtype, run.device) or (keys.is_inference() and not inference):
+        keys, (room, held) = store.buffers[0], store.size()
+        fits = keys.shape[0] == len(run.call.rows) and room >= run.call.end
+        if not fits or (held, keys.device) != (dtype, run.device) or (keys.is_inference() and not inference):
             return False
     return True
 
 
+def _blocks_kept(run: Run) -> int | None:
+    """Blocks of keys that the token attends to in each KV head; None where those are all."""
+    share = run.settings.sparse_decode
+    return None if share is None else blocks_kept(share, run.call.end)
+
+
 def _watched() -> bool:
     """Whether operations are watched or changed one by one, or captured by somebody else."""
-    if torch._C._len_torch_dispatch_stack() or nn.modules.module._has_any_global_hook():
+    everywhere = vars(nn.modules.module)  # torch 2.6 has no function that tells
+    if torch._C._len_torch_dispatch_stack() or any(everywhere["_global" + name] for name in _HOOKS):
         return True
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return True
@@ -291,10 +309,11 @@ class _Token:
                 given.numbers, len(run.call.rows), run.settings.stride, rotary=rotary, dtype=dtype
             )
             tables = RotaryTables.of_keys(keys, spots, rotary.inv_freq, rotary.attention_scaling)
-            here = Layout((), False, tables, kernel, run.call.end, run.mode, reach=reach, slot=given.slot)
+            how = {"reach": reach, "slot": given.slot, "keep": run.settings.sparse_decode}
+            here = Layout((), False, tables, kernel, run.call.end, run.mode, **how)
             blank = torch.empty((0, 0, 0, 0), device=run.device)
-            how = {"attention_mask": blank, OLD_NAME: run.cache, "use_cache": self._use_cache}
-            result = self._patched.call(model, dual_chunk=here, **given.arguments, **how)
+            others = {"attention_mask": blank, OLD_NAME: run.cache, "use_cache": self._use_cache}
+            result = self._patched.call(model, dual_chunk=here, **given.arguments, **others)
         check_attended(model, here)
         _count(run)
         return result
@@ -325,9 +344,10 @@ class _Token:
 
 
 def _count(run: Run) -> None:
-    """Let every layer hold the token of a call, which is written."""
+    """Let every layer hold the token of a call, which is written, and the mean that it may complete."""
+    means = _blocks_kept(run) is not None
     for layer in run.cache.layers:
-        layer.store.count(run.call.end)
+        layer.store.count(run.call.end, means)
 
 
 def capture(forward: Callable[[], None], device: torch.device) -> Any:
@@ -338,6 +358,8 @@ def capture(forward: Callable[[], None], device: torch.device) -> Any:
     graph = torch.cuda.CUDAGraph()
     # the scratch memory of matrix products belongs to a stream: a graph that shared it would write into that of others
     with torch.cuda.device(device):
+        if torch.cuda.mem_get_info(device)[0] < GRAPH:  # in mid-capture what a prefill has left cannot be given back
+            torch.cuda.empty_cache()
         torch._C._cuda_clearCublasWorkspaces()
         stream, present = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(present)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qwen_longctx.errors import PatchConflict, Unsupported
-from qwen_longctx.ops import fp8
+from qwen_longctx.ops import fp8, thin
 from qwen_longctx.ops.device import needs_gradient
 from qwen_longctx.ops.fp8 import E4M3, Rows
 
@@ -169,18 +169,55 @@ def _all_or_none(modules: Iterable[Any], do: Callable[[Any], None], undo: Callab
     return done
 
 
-def rows_for(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor | Rows:
+def rows_for(x: torch.Tensor | Rows, *modules: nn.Module) -> torch.Tensor | Rows:
     """`x` in 8 bits, cast once for layers that all take it so; `x` itself for others.
 
     Whoever hooks a layer sees its input as it is.
     """
-    taken = type(x) is torch.Tensor and takes_rows(*modules) and not needs_gradient(x)
-    return fp8.cast_rows(x) if taken else x
+    if type(x) is not torch.Tensor or not takes_rows(*modules) or needs_gradient(x):
+        return x
+    return fp8.cast_rows(x)
 
 
 def takes_rows(*modules: nn.Module) -> bool:
     """Whether layers are in 8 bits, and nobody looks at what goes in."""
     return all(type(one) is Fp8Linear and not (one._forward_pre_hooks or one._forward_hooks) for one in modules)
+
+
+def thin_weights(x: torch.Tensor | Rows, *modules: Any) -> list[thin.Weight] | None:
+    """What linear layers hold, where `ops.thin` may run them all for `x`; None where each has to run itself."""
+    in_8_bits = isinstance(x, Rows)
+    given = x.scales if isinstance(x, Rows) else x
+    if torch.compiler.is_compiling() or not thin.pays(x) or torch.is_autocast_enabled(given.device.type):
+        return None
+    kind = type(modules[0])
+    if in_8_bits and kind is not Fp8Linear:
+        return None
+    wanted = torch.bfloat16 if in_8_bits else given.dtype
+    if kind not in (nn.Linear, Fp8Linear) or not all(type(one) is kind and _is_unwatched(one) for one in modules):
+        return None
+    dtype = E4M3 if kind is Fp8Linear else wanted
+    weights, biases = [one.weight for one in modules], [one.bias for one in modules if one.bias is not None]
+    if len(biases) not in (0, len(weights)) or needs_gradient(*weights, *biases):
+        return None
+    lying = [_lies(one, dtype, given.device) for one in weights] + [_lies(one, wanted, given.device) for one in biases]
+    if not all(lying):
+        return None
+    if kind is Fp8Linear:
+        kept = all(one._kept.weight.dtype == wanted for one in modules)
+        return [thin.Weight(one.weight, one.bias, one.weight_scales) for one in modules] if kept else None
+    return [thin.Weight(one.weight, one.bias) for one in modules]
+
+
+def _is_unwatched(module: Any) -> bool:
+    """Whether nobody looks at what goes into a module or comes out, or runs it in another way."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return not hooked and module._compiled_call_impl is None
+
+
+def _lies(parameter: torch.Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    kind = type(parameter.data), parameter.dtype, parameter.device
+    return kind == (torch.Tensor, dtype, device) and parameter.is_contiguous()
 
 
 def _linears(number: int, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -116,7 +116,8 @@ class PatchedMethod:
         """A plain function with the signature of the stock method, to stand on a class or to be bound to a module."""
         patched, patch = self, self.patch
         kinds = {p.kind for p in inspect.signature(self.function).parameters.values()}
-        named = inspect.Parameter.VAR_KEYWORD in kinds  # norms and MLPs take what they are given as it is
+        # norms, MLPs and layers take what they are given as it is: checkpointing needs arguments by position to stay so
+        named = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             valid = patched if patch.simple else patched.valid(self)
@@ -263,6 +264,14 @@ def patched_method(attribute: Any) -> PatchedMethod | None:
     """The `PatchedMethod` behind an attribute of a class or a module, if it is one of ours."""
     function = attribute.__func__ if isinstance(attribute, (BoundMethod, MethodType)) else attribute
     return _OURS.get(function) if isinstance(function, FunctionType) else None
+
+
+def runs_as(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether a call of `module` runs the replacement `function` and nothing else: no hook sees what goes in or out."""
+    if module._forward_pre_hooks or module._forward_hooks or _HOOKED in vars(module):
+        return False
+    method = patched_method(vars(module).get("forward", type(module).forward))
+    return method is not None and method.function is function and method.patch.holds(module)
 
 
 def stock_function(attribute: Any) -> Callable[..., Any]:

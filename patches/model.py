@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import StaticCache
 
 from qwen_longctx import sparsity
-from qwen_longctx.checkpoint import local_heads
+from qwen_longctx.attention.ahead import Shapes, compile_ahead
+from qwen_longctx.checkpoint import head_dim, local_heads
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
@@ -17,6 +18,7 @@ from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.patches import graphs
 from qwen_longctx.patches.attention import check_attended
+from qwen_longctx.patches.linear import takes_rows
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
@@ -180,12 +182,17 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
         mode = "train"
+        if getattr(cache, "kv_cache", None) == "auto":
+            cache.settle("device")
         if getattr(cache, "kv_cache", "device") != "device":
             raise Unsupported(
                 f'a cache of kind "{cache.kv_cache}" has no gradients: call the model under torch.no_grad(), or make '
                 'the cache with kv_cache="device"'
             )
-    if cache is None and _wants_new_cache(model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size):
+    new = cache is None and _wants_new_cache(
+        model, base, mode, arguments, inputs.shape[1] > settings.prefill_chunk_size
+    )
+    if new:
         kind = "device" if mode == "train" else settings.kv_cache
         cache = LongContextCache(inputs.shape[1] if mode == "prefill" else 0, kv_cache=kind)
     held = held_tokens(cache)
@@ -209,7 +216,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     drafts = state is not None and state.prompt_end is not None and held >= state.prompt_end
     if mode == "prefill" and not weights and not drafts:
         sparse = _sparse(settings, base, inputs.device, cache, call.longest)
-    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base, trusted)
+    return Run(call, settings, mode, cache, inputs.device, weights, sparse, base, trusted, new)
 
 
 def settings_of(patched: PatchedMethod, config: Any, cache: Any) -> LongContextConfig:
@@ -265,7 +272,7 @@ def check_ids(inputs: torch.Tensor, vocabulary: int, mode: Mode) -> None:
 
 def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache: Any, length: int) -> Any:
     """The request for sparse prefill, where the settings ask for it and the prompt is long enough."""
-    return sparsity.plan_request(
+    request = sparsity.plan_request(
         settings,
         model.config,
         heads=lambda: local_heads(model),
@@ -274,6 +281,26 @@ def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache
         state=sparsity.SparseState() if cache is None else sequence_of(cache).sparse,
         length=length,
         observer=getattr(cache, "observer", None),
+    )
+    if request is not None and device.type == "cuda" and not torch.compiler.is_compiling():
+        compile_ahead(request, shapes_of(model, device), length)
+    return request
+
+
+def shapes_of(model: Any, device: torch.device) -> Shapes:
+    """What the kernels of a base model are compiled for."""
+    heads, first = local_heads(model), model.layers[0]
+    mlp = getattr(first, "mlp", None)
+    return Shapes(
+        device,
+        model.dtype,
+        heads.query,
+        heads.key,
+        head_dim(model.config),
+        model.config.hidden_size,
+        model.config.intermediate_size,
+        hasattr(getattr(first, "self_attn", None), "q_norm"),
+        hasattr(mlp, "down_proj") and takes_rows(mlp.down_proj),
     )
 
 
@@ -347,8 +374,8 @@ def needs_gradients(model: Any, inputs_embeds: torch.Tensor | None, cache: Any) 
         return False
     if inputs_embeds is not None and inputs_embeds.requires_grad:
         return True
-    eight_bit = getattr(cache, "kv_cache", "device") != "device"  # whose keys are worked out as they are read
-    layers = () if eight_bit else getattr(cache, "layers", ())
+    read_out = getattr(cache, "kv_cache", "device") != "device"  # whose keys are other tensors at every look
+    layers = () if read_out else getattr(cache, "layers", ())
     if any(getattr(getattr(layer, "keys", None), "requires_grad", False) for layer in layers):
         return True
     return any(parameter.requires_grad for parameter in model.parameters())

@@ -14,6 +14,6 @@ def norm_forward(patched: PatchedMethod, self: Any, hidden_states: torch.Tensor)
     """The stock norm; `hidden_states` of shape (..., hidden)."""
     if hidden_states.dtype == torch.float64:  # which the stock norm works out in float32
         return patched.stock(self, hidden_states)
-    liger = norm.pays(hidden_states) and self.weight.dtype == hidden_states.dtype
-    run = norm.rms_norm if liger else norm.short_rms_norm
+    fused = norm.pays(hidden_states) and self.weight.dtype == hidden_states.dtype
+    run = norm.rms_norm if fused else norm.short_rms_norm
     return run(hidden_states, self.weight, self.variance_epsilon)

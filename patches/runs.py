@@ -164,6 +164,12 @@ def in_stock_generate() -> bool:
         return get_ident() in _traffic.guests
 
 
+def outermost() -> nn.Module | None:
+    """The module whose run the caller's thread began with, if it is in one."""
+    with _traffic.condition:
+        return next(iter(_traffic.runs_of(get_ident())), None)
+
+
 def alone() -> bool:
     """Whether no thread but the caller's is in a run."""
     with _traffic.condition:

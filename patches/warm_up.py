@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qwen_longctx import sparsity
+from qwen_longctx.attention.ahead import compile_ahead
 from qwen_longctx.checkpoint import local_heads
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue
@@ -18,7 +19,7 @@ from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import open_cache, sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches import base_of, settings_of
-from qwen_longctx.patches.model import Forward
+from qwen_longctx.patches.model import Forward, shapes_of
 from qwen_longctx.prefill.run import Run
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
     request = None
     if name is not None:
         request = sparsity.make_request(name, short, base.config, local_heads(base), state.sparse, tokens)
+        if device.type == "cuda":
+            compile_ahead(request, shapes_of(base, device), _LONG)
     open_cache(cache, (short.chunk_size, short.local_size), base.config.num_hidden_layers)
     run = Run(Call.whole(1, tokens), short, "prefill", cache, device, sparse=request, model=base)
     with run.committed():

@@ -18,7 +18,9 @@ from typing import Any
 from qwen_longctx import checkpoint
 from qwen_longctx.errors import InvalidType, InvalidValue
 
-KV_CACHES = ("device", "fp8", "int8")
+KV_CACHES = ("device", "fp8", "int8", "host")
+# what kv_cache="auto" tries, in this order: int8 loses less than fp8, and the host's memory is slower than either
+AUTO_KV_CACHES = ("device", "int8", "host")
 KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 # a rule of sparse prefill and the settings that it owns: the file of that name in sparsity/rules checks them
 _OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
@@ -177,7 +179,7 @@ class KeyValueCache(_Part):
     kv_cache: str = "device"
 
     def __post_init__(self) -> None:
-        self._choice("kv_cache", KV_CACHES)
+        self._choice("kv_cache", ("auto", *KV_CACHES))
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,10 @@ class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # f
     kernel : {"auto", "fa4", "flex", "sdpa", "reference"}
         Attention kernel; "auto" takes the fastest one that runs here. "fa4" and "flex" are for sparse prefill and run
         dense attention as "auto" does. "sdpa" is PyTorch's own attention, for decoding too, and takes no block lists.
-    kv_cache : {"device", "fp8", "int8"}
-        How the caches that are made for a run hold keys and values: as they are, or in 8 bits.
+    kv_cache : {"device", "auto", "fp8", "int8", "host"}
+        How the caches that are made for a run hold keys and values: as they are, in 8 bits, or in the memory of the
+        host, from where they come up to the device a layer at a time. "auto" is the first of "device", "int8" and
+        "host" that fits. See ``docs/memory.md``.
     sparse_decode : float, optional
         Share of the keys, above 0 and up to 1, that a decoded token attends to in each KV head, 4,096 keys at least;
         None is all of them. See ``docs/sparse-decode.md``.

@@ -16,17 +16,16 @@ import torch
 
 from qwen_longctx import patches
 from qwen_longctx.checkpoint import Shape
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
-from qwen_longctx.prefill.memory import GIB, Memory, most, on_fullest_card
-from qwen_longctx.prefill.weights import Weights, weights_of
+from qwen_longctx.prefill.memory import GIB, Memory, changes, most, on_fullest_card
+from qwen_longctx.prefill.weights import Weights, weights_of, without_weights
 from qwen_longctx.shapes import known_config
 from qwen_longctx.sizes import parse_bytes, parse_tokens
 
 __all__ = ["SPARE", "Plan", "Suggestion", "plan"]
 
 SPARE = 10**9  # bytes of a card that are left to CUDA's context and to what its allocator cannot use
-_SMALLEST_CHUNK = 1024  # tokens; smaller chunks save nothing that counts beside the KV cache
 _MOST_CARDS = 1 << 12
 _MOST_ROWS = 1 << 20
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,13 +61,13 @@ class Plan:
     dtype : str
         Of the cache, the activations and the weights that are not quantised.
     settings : dict
-        Settings of the patch that were given.
+        Settings of the patch that were given; "auto" as the kind of the cache is the kind that was taken.
     gpu : int or None
         Bytes of one card; None if none was given.
     gpus : int
         Cards among which the layers are dealt out, in order and as evenly as they go.
     memory : Memory
-        Bytes of weights, KV cache, activations and selection on the card that holds most.
+        Bytes of weights, KV cache, activations and selection on the card that holds most, and of the host's memory.
     suggestions : tuple of Suggestion
         Where the run does not fit: changes with which it does, the mildest first.
     """
@@ -96,14 +95,18 @@ class Plan:
     def __str__(self) -> str:
         rows = [
             ("weights", self.memory.weights),
-            ("KV cache", self.memory.kv_cache),
+            ("KV of two layers" if self.memory.host else "KV cache", self.memory.kv_cache),
             ("activations", self.memory.activations),
             ("selection scratch", self.memory.selection),
             ("total", self.memory.total),
         ]
         title = f"{self.batch} x {self.tokens:,} tokens, {self.dtype}"
+        kind = self.settings.get("kv_cache", "device")
+        title += f", keys and values {'on the' if kind == 'host' else 'in'} {kind}" if kind != "device" else ""
         title += f", on the fullest of {self.gpus} cards" if self.gpus > 1 else ""
         lines = [title, *(f"  {name:<18}{size / GIB:>10,.2f} GiB" for name, size in rows)]
+        if self.memory.host:
+            lines.append(f"  {'on the host':<18}{self.memory.host / GIB:>10,.2f} GiB, keys and values of all layers")
         if self.gpu is not None:
             lines.append(f"  {'card':<18}{self.gpu / GIB:>10,.2f} GiB, of which {SPARE / GIB:.2f} are left to CUDA")
             lines.append(self._verdict())
@@ -168,10 +171,12 @@ def plan(
     gpus = _count("gpus", gpus, _MOST_CARDS)
     if dtype not in _DTYPES:
         raise InvalidValue(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r:.60}")
-    planner = _Planner.of(model, size, dtype, settings.get("linear", "auto"))
+    planner = _Planner.of(model, size, dtype)
     run = _Run(tokens, batch, gpus, settings)
     memory = planner.memory(run)
     suggestions = () if size is None or _fits(memory, size) else tuple(planner.suggestions(run))
+    if settings.get("kv_cache") == "auto":
+        settings = {**settings, "kv_cache": planner.settings(run).kv_cache}
     return Plan(tokens, batch, str(dtype).removeprefix("torch."), settings, size, gpus, memory, suggestions)
 
 
@@ -201,12 +206,13 @@ class _Planner:
 
     config: Any
     shape: Shape
-    weights: Weights
+    weights: dict[str, Weights]  # by what linear layers compute in
+    model: Any
     gpu: int | None
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Any, gpu: int | None, dtype: torch.dtype, linear: Any) -> _Planner:
+    def of(cls, model: Any, gpu: int | None, dtype: torch.dtype) -> _Planner:
         config = known_config(model) if isinstance(model, str) else model
         known = [family.module for family in patches.FAMILIES]
         kind = getattr(config, "model_type", None)
@@ -214,11 +220,24 @@ class _Planner:
             raise InvalidType(f"model must be the name of a shape or the config of a checkpoint, got {model!r:.60}")
         if kind not in known:
             raise Unsupported(f"the config is of a model of type {kind!r}: give one of those known, {', '.join(known)}")
-        return cls(config, Shape.of(config), weights_of(config, dtype, linear), gpu, dtype)
+        shape = Shape.of(config)
+        return cls(config, shape, {}, without_weights(config), gpu, dtype)
+
+    def settings(self, run: _Run) -> LongContextConfig:
+        """Those of a run; "auto" as the kind of its cache is the first that fits, and the last where none does."""
+        settings = LongContextConfig.from_model_config(self.config, **run.settings)
+        if settings.kv_cache != "auto":
+            return settings
+        fitting = (kind for kind in AUTO_KV_CACHES if self.gpu is None or self.fits(run.but(kv_cache=kind)))
+        return replace(settings, kv_cache=next(fitting, AUTO_KV_CACHES[-1]))
 
     def memory(self, run: _Run) -> Memory:
-        settings = LongContextConfig.from_model_config(self.config, **run.settings)
-        return on_fullest_card(self.shape, self.weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
+        settings = self.settings(run)
+        weights = self.weights.get(settings.linear)
+        if weights is None:
+            weights = weights_of(self.config, self.dtype, settings.linear, self.model)
+            self.weights[settings.linear] = weights
+        return on_fullest_card(self.shape, weights, run.gpus, run.tokens, run.batch, self.dtype, settings)
 
     def fits(self, run: _Run) -> bool:
         assert self.gpu is not None
@@ -226,10 +245,20 @@ class _Planner:
 
     def suggestions(self, run: _Run) -> Iterator[Suggestion]:
         """Changes with which a run fits, from those that cost only time to those that change what is asked for."""
-        settings = ((meaning, tried) for meaning, tried in self._settings(run) if self.fits(tried))
-        for meaning, tried in islice(settings, 1):
-            values = ", ".join(f"{name}={value!r}" for name, value in tried.settings.items())
-            yield Suggestion(f"patch_qwen(model, {values})", meaning, self.memory(tried).total)
+        settings, linear = self.settings(run), self.dtype == torch.bfloat16
+        tried = (
+            (meaning, run.but(**changed))
+            for meaning, changed in changes(
+                settings,
+                run.tokens,
+                selection=bool(self.memory(run).selection),
+                kinds=True,
+                linear=linear and settings.linear == "auto",
+            )
+        )
+        for meaning, changed in islice((one for one in tried if self.fits(one[1])), 1):
+            values = ", ".join(f"{name}={value!r}" for name, value in changed.settings.items())
+            yield Suggestion(f"patch_qwen(model, {values})", meaning, self.memory(changed).total)
         rows = most(lambda n: self.fits(replace(run, batch=n)), 0, run.batch - 1)
         if rows:
             fewer = replace(run, batch=rows)
@@ -240,35 +269,14 @@ class _Planner:
             yield Suggestion(f"--tokens {tokens}", "the most tokens that fit", self.memory(shorter).total)
         yield from self._more_cards(run)
 
-    def _settings(self, run: _Run) -> Iterator[tuple[str, _Run]]:
-        """Settings to try: smaller prefill chunks, dense prefill, and both; then 8 bits."""
-        settings = LongContextConfig.from_model_config(self.config, **run.settings)
-        chunks = _smaller(min(settings.prefill_chunk_size, run.tokens))
-        yield from (("smaller prefill chunks", run.but(prefill_chunk_size=size)) for size in chunks)
-        if self.memory(run).selection:
-            dense = run.but(sparse="off")
-            yield "dense prefill", dense
-            yield from (("dense prefill in smaller chunks", dense.but(prefill_chunk_size=size)) for size in chunks)
-        if settings.kv_cache == "device":
-            eight_bit = run.but(kv_cache="int8")
-            yield "keys and values in 8 bits", eight_bit
-            smaller = "keys and values in 8 bits, smaller prefill chunks"
-            yield from ((smaller, eight_bit.but(prefill_chunk_size=size)) for size in chunks)
-
     def _more_cards(self, run: _Run) -> Iterator[Suggestion]:
         """The fewest cards that hold the run; more of them than layers change nothing."""
-        cards = len(self.weights.layers)
+        cards = self.shape.layers
         for count in range(run.gpus + 1, min(cards, _MOST_CARDS) + 1):
             spread = replace(run, gpus=count)
             if self.fits(spread):
                 yield Suggestion(f"--gpus {count}", 'cards, with device_map="auto"', self.memory(spread).total)
                 return
-
-
-def _smaller(size: int) -> list[int]:
-    """Chunks of fewer tokens than `size`, powers of 2 from the largest on."""
-    largest = 1 << (size - 1).bit_length() - 1 if size > 1 else 0
-    return [largest >> step for step in range(largest.bit_length()) if largest >> step >= _SMALLEST_CHUNK]
 
 
 def _fits(memory: Memory, gpu: int) -> bool:

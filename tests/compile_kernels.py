@@ -17,13 +17,20 @@ from qwen_longctx.ops.choose import _best_blocks, _mean_logits, _mean_scores
 from qwen_longctx.ops.columns import _columns
 from qwen_longctx.ops.compact import _compact
 from qwen_longctx.ops.decode import _decode, _join
+from qwen_longctx.ops.eight_bit import _write
+from qwen_longctx.ops.fetch import _fetch
 from qwen_longctx.ops.fp8 import _rows
 from qwen_longctx.ops.keep import _keep
+from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
-from qwen_longctx.ops.rotate import _rotate
+from qwen_longctx.ops.norm import _norm, _silu_mul
+from qwen_longctx.ops.read_out import _read_out
+from qwen_longctx.ops.rotate import _place, _rotate
 from qwen_longctx.ops.row_lse import _row_lse
+from qwen_longctx.ops.thin import _thin
 
 TILE = {"HEAD_DIM": 128, "DIM": 128, "ROWS": 64, "KEYS": 64}
+SCALES = ("scales", "s0", "s1", "s2")
 
 
 def eight_bit(codes, bias=None):
@@ -33,15 +40,15 @@ def eight_bit(codes, bias=None):
 
 
 KERNELS = [
-    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, TILE),
+    (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, {**TILE, "ROWS": 128}),
     *(
         (
             _block_shares,
             {"q": "*bf16", "means": "*bf16", "limits": "*i32", "lse": "*fp32", "shares": "*fp32", "scale": "fp32"},
-            {**TILE, **sizes},
+            {**TILE, "COLUMNS": 8, **sizes},
         )
         for sizes in (
-            {"PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
+            {"ROWS": 128, "PER_TILE": 8, "PER_BLOCK": 4, "STEPS": 1, "MEAN": False},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 1, "MEAN": True},
             {"ROWS": 128, "KEYS": 128, "PER_TILE": 128, "PER_BLOCK": 128, "STEPS": 4, "MEAN": False},
         )
@@ -82,6 +89,11 @@ KERNELS = [
         {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "out": "*bf16"},
         {"HALF": 64, "DIM": 64, "ROWS": 32},
     ),
+    (
+        _place,
+        {**dict.fromkeys(("k", "v", "cos", "sin", "keys", "values"), "*bf16"), "slot": "*i64"},
+        {"HALF": 64, "DIM": 64},
+    ),
     *(
         (
             _decode,
@@ -110,6 +122,20 @@ KERNELS = [
             ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 16),
         )
     ),
+    *(
+        (
+            _read_out,
+            {
+                **{"codes": f"*{codes}", "scales": "*fp32", "out": f"*{dtype}", "spots": "*i32", "scaling": "fp32"},
+                **({"bias": "*fp32", "frequencies": "*fp64"} if biased else {}),
+            },
+            {
+                **{"HALF": half, "DIM": 64, "ROWS": 32},
+                **({} if biased else dict.fromkeys(("spots", "bias", "frequencies"))),
+            },
+        )
+        for codes, dtype, half, biased in (("i8", "bf16", 64, True), ("u8", "fp16", 40, False))
+    ),
     (
         _join,
         {"sums": "*fp32", "lses": "*fp32", "out": "*bf16"},
@@ -119,10 +145,22 @@ KERNELS = [
         (
             _rows,
             {**dict.fromkeys(("x", "up"), "*bf16"), "values": "*fp8e4nv", "scales": "*fp32"},
-            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096},
+            {"GATED": gated, "LEAST": 1e-30, "WIDTH": 4096, "PARTS": parts},
         )
-        for gated in (False, True)
+        for gated, parts in ((False, 1), (True, 5), (True, 0))
     ),
+    *(
+        (
+            _norm,
+            {
+                **dict.fromkeys(("x", "y", "weight", "total"), "*bf16"),
+                **{"values": "*fp8e4nv" if cast else "*bf16", "scales": "*fp32", "epsilon": "fp32"},
+            },
+            {"ADDED": added, "CAST": cast, "LEAST": 1e-30, "ROWS": rows, "WIDTH": width},
+        )
+        for added, cast, rows, width in ((False, False, 32, 128), (True, False, 1, 4096), (True, True, 1, 4096))
+    ),
+    (_silu_mul, dict.fromkeys(("gate", "up", "out"), "*bf16"), {"WIDTH": 2048}),
     *(
         (
             _mean_logits,
@@ -145,7 +183,52 @@ KERNELS = [
         )
         for room, blocks in ((8, 256), (64, 64))
     ),
-    (_best_blocks, {"scores": "*fp32", "chosen": "*i32"}, {"WIDTH": 4096}),
+    (_best_blocks, {"scores": "*fp32", "ranges": "*i32", "chosen": "*i32"}, {"BLOCK": 64, "WIDTH": 8192}),
+    *(
+        (
+            _write,
+            {
+                **{"k": f"*{dtype}", "v": f"*{dtype}", "spots": f"*{spots}", "slot": "*i64"},
+                **{"vector": "*fp32", "turns": "*fp64", "k_codes": f"*{codes}", "v_codes": f"*{codes}"},
+                **{"k_scales": "*fp32", "v_scales": "*fp32", "held_spots": "*i32"},
+            },
+            {**{"HEAD_DIM": head_dim, "DIM": 128, "SCALING": 1.0}, **dict.fromkeys(absent)},
+        )
+        for dtype, head_dim, spots, codes, absent in (
+            ("bf16", 128, "i32", "i8", ()),
+            ("fp16", 80, "i64", "u8", ("slot", "vector", "turns")),
+        )
+    ),
+    *(
+        (
+            _write_mean,
+            {"k": f"*{k}", "spots": "*i32", "slot": "*i64", "means": "*bf16"}
+            | {"scales": "*fp32", "vector": "*fp32", "turns": "*fp64"},
+            {**{"SIZE": 32, "KEYS": keys, "HEAD_DIM": 128, "DIM": 128, "SCALING": 1.0}, **dict.fromkeys(absent)},
+        )
+        for k, keys, absent in (
+            ("bf16", 32, ("scales", "spots", "vector", "turns")),
+            ("u8", 1, ()),
+        )
+    ),
+    *(
+        (
+            _thin,
+            {
+                **{name: f"*{dtype}" for name in ("x", "w0", "w1", "w2")},
+                **{name: "*bf16" for name in ("b0", "b1", "b2", "o0", "o1", "o2")},
+                **dict.fromkeys(scales, "*fp32"),
+            },
+            {**{"GATED": gated, "OUTPUTS": 16, "DEPTH": 256, "ROWS": 16}, **dict.fromkeys(none)},
+        )
+        for dtype, scales, none in (("bf16", (), SCALES), ("fp8e4nv", SCALES, ()))
+        for gated in (False, True)
+    ),
+    (
+        _fetch,
+        {"places": "*i64", "blocks": "*i32", "target": "*bf16"},
+        {"UNIT": 256, "BLOCK": 64, "HEAD_DIM": 128, "DIM": 128},
+    ),
     (_compact, {"mask": "*u8", "counts": "*i32", "indices": "*i32"}, {"WIDTH": 1024}),
 ]
 
@@ -164,7 +247,7 @@ capabilities = [int(one) for one in sys.argv[1:]]
 for capability in capabilities:
     seen = set()
     for kernel, types, constants in KERNELS:
-        if kernel is _rows and capability < 89:
+        if (kernel is _rows or constants.get("CAST")) and capability < 89:
             continue  # devices without 8 bits do not run it
         if capability != capabilities[-1] and kernel in seen:
             continue  # further variants for the last device alone: they take their time

@@ -22,10 +22,15 @@ from qwen_longctx.ops import (
     columns,
     compact,
     decode,
+    eight_bit,
     keep,
+    means,
     merge,
+    norm,
+    read_out,
     rotate,
     row_lse,
+    thin,
     triton_runtime,
 )
 
@@ -36,15 +41,28 @@ def _kept(scores, whole, visible, amount, **how):
 
 # the module of an operation, its launcher, the kernels that this launches, and the PyTorch function that does the same
 OPERATIONS = (
+    (
+        norm,
+        "rms_norm_triton",
+        ("_norm",),
+        lambda x, *_, **how: (x, norm.Rows(x, x[..., :1]) if how.get("to_8_bits") else x),
+    ),
+    (norm, "silu_mul_triton", ("_silu_mul",), lambda gate, up: gate),
     (rotate, "rotate_triton", ("_rotate",), rotate.rotate),
+    (rotate, "place_triton", ("_place",), rotate.place),
     (merge, "merge_triton", ("_merge",), merge.merge),
     (row_lse, "row_lse_triton", ("_row_lse",), row_lse.row_lse),
     (block_shares, "block_shares_triton", ("_block_shares",), block_shares.block_shares),
     (keep, "keep_triton", ("_keep",), _kept),
     (compact, "compact_triton", ("_compact",), lambda mask: compact.compact(mask, 1)[:2]),
     (columns, "columns_triton", ("_columns",), columns.columns),
+    (read_out, "read_out_triton", ("_read_out",), read_out.read_out),
     (choose, "choose_triton", ("_mean_logits", "_mean_scores", "_best_blocks"), choose.choose),
     (decode, "decode_triton", ("_decode", "_join"), decode.decode),
+    (eight_bit, "write_triton", ("_write",), eight_bit.write),
+    (means, "write_mean_triton", ("_write_mean",), means.write_mean),
+    (thin, "linear_triton", ("_thin",), thin.linear),
+    (thin, "silu_mul_triton", (), thin.silu_mul),
 )
 Variant = tuple[str, str]
 
@@ -123,5 +141,6 @@ def recorded() -> Iterator[list[Variant]]:
                 stand_in = _Launcher(getattr(module, kernel), variants)
                 stack.enter_context(mock.patch.object(module, kernel, stand_in))
             stack.enter_context(mock.patch.object(module, launcher, noted(getattr(module, launcher), twin)))
+        stack.enter_context(mock.patch.object(thin, "capability", lambda device: (9, 0)))
         stack.enter_context(mock.patch.object(decode, "older_than", lambda device, needed: ""))
         yield variants

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers import tiny_model
-from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen
-from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx import LongContextCache, patch_qwen, patched_qwen
+from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.eight_bit import EightBitStore, Turning
 from qwen_longctx.kv.store import mean_keys
 from qwen_longctx.ops.eight_bit import dequantise, quantise
@@ -164,12 +164,7 @@ def test_sparse_prefill(kind):
     torch.testing.assert_close(found, dense, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_refused(tmp_path):
-    for wrong in ("int4", None, 8):
-        with pytest.raises(InvalidValue, match="kv_cache must be one of device, fp8, int8"):
-            LongContextCache(kv_cache=wrong)
-        with pytest.raises(InvalidValue, match="kv_cache must be one of device, fp8, int8"):
-            LongContextConfig(64, 16, 64, kv_cache=wrong)
+def test_what_is_refused():
     ids = torch.randint(1, 97, (1, 20))
     model = tiny_model()
     with pytest.raises(Unsupported, match="filled by patched models only"):
@@ -178,8 +173,6 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(Unsupported, match="has no gradients"):
         model(ids, **cache_argument(LongContextCache(kv_cache="int8")))
     _, cache = run(model, ids, [], "int8")
-    with pytest.raises(Unsupported, match="cannot be saved"):
-        cache.save(tmp_path / "prefix")
     with pytest.raises(Unsupported, match="takes no tensors"):
         cache.layers[0].keys = torch.zeros(1, 2, 20, 8)
 

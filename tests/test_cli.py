@@ -12,9 +12,15 @@ import torch
 
 from qwen_longctx import cli
 from qwen_longctx.bench.breakdown import Breakdown
-from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.limit import limit_memory
+from qwen_longctx.bench.shapes import NAMES, model_config, random_model
 from qwen_longctx.cli import BUNDLED, main
+from qwen_longctx.cli import bench as cli_bench
+from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation.environment import environment, write_results
+from qwen_longctx.memory import plan
+from qwen_longctx.ops import fp8
+from qwen_longctx.prefill.memory import free_bytes
 
 
 def test_demo(capsys, monkeypatch, tmp_path):
@@ -83,7 +89,8 @@ def test_bench(what, tmp_path, capsys):
         assert row["new_tokens"] == 32 and row["kv_cache_bytes"] == 332 * 2 * 2 * 2 * 16 * 2
     if what == "speed":
         parts = row["sparse_breakdown_seconds"]
-        assert set(parts) == {"linear", "selection", "attention", "merge", "recall", "rest", "total"}
+        stages = {"selection", "attention", "merge", "recall"}
+        assert set(parts) == {"linear", "norm", "rotation", "rest", "total"} | stages
         assert sum(parts.values()) == pytest.approx(2 * parts["total"], abs=1e-2) and min(parts.values()) >= 0
         assert min(row["stock_seconds"], row["dense_seconds"], row["sparse_seconds"]) > 0
 
@@ -94,6 +101,55 @@ def test_bench_decode_counts_the_bytes_of_8_bits(tmp_path):
     assert main(["bench", "decode", "--tiny", "--lengths", "90", "--kv-cache", "int8", "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["kv_cache"] == "int8" and row["kv_bytes"] == 90 * 2 * 2 * 2 * (16 + 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_memory(tmp_path, capsys):
+    """Several runs of a length, or the one that is asked for; each beside its own plan."""
+    output = tmp_path / "bench.json"
+    assert main(["bench", "memory", "--tiny", "--lengths", "400", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    asked = [(row.get("kv_cache"), row["sparse"], row["rows"], row["tokens"]) for row in rows]
+    assert len(rows) == 7 and {("int8", "off", 2, 200), ("fp8", "off", 1, 400), ("int8", "block_scores", 1, 400)} < set(
+        asked
+    )
+    one_chunk = [row for row in rows if row["sparse"] == "off" and row["rows"] == 1]
+    for row in rows:
+        settings = {**row["settings"], "kv_cache": row.get("kv_cache", "device")}
+        wanted = plan(model_config(tiny=True), row["tokens"] + 1, batch=row["rows"], **settings).memory
+        assert row["plan_bytes"] == wanted.total == sum(row["plan"].values())
+        assert row["seconds"] > 0 and row["peak"] == "counted on CUDA devices only" and "peak_bytes" not in row
+    assert one_chunk[0]["plan"]["kv_cache"] == 401 * 2 * 2 * 2 * 16 * 2
+    assert one_chunk[1]["plan"]["kv_cache"] == 401 * 2 * (2 * 2 * (16 + 4) + 4)
+    assert "plan_bytes" in capsys.readouterr().out
+    command = ["bench", "memory", "--tiny", "--shape", "qwen2.5-14b", "--kv-cache", "fp8"]
+    assert main([*command, "--lengths", "400", "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["kv_cache"] == "fp8" and row["sparse"] == "block_scores"
+
+
+def test_shapes_of_the_benches():
+    """What the command line names is what the benches know, with the sizes of the published checkpoints."""
+    assert cli_bench.SHAPES == NAMES
+    config = model_config(shape="qwen2.5-14b")
+    sizes = config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+    assert (*sizes, config.intermediate_size) == (5120, 48, 40, 8, 13824)
+    assert model_config().hidden_size == 3584 and config.dual_chunk_attention_config["chunk_size"] == 262_144
+
+
+@pytest.mark.gpu
+def test_a_limit_of_memory():
+    device = torch.device("cuda")
+    _, total = torch.cuda.mem_get_info(device)
+    with pytest.raises(InvalidValue, match="give a smaller limit"):
+        limit_memory(total + 1, device)
+    try:
+        limit_memory(1 << 30, device)
+        assert free_bytes(torch.device("cuda", 0)) <= 1 << 30
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 30, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
@@ -118,14 +174,16 @@ def test_bench_projects_dense(tmp_path):
 def test_the_breakdown_leaves_the_model_as_it_was():
     model = random_model(torch.device("cpu"), tiny=True, layers=1)
     ids = torch.ones(1, 5, dtype=torch.long)
-    with Breakdown(model, torch.device("cpu")) as clock:
+    linear, cast = torch.nn.functional.linear, fp8.cast_rows
+    with Breakdown(torch.device("cpu")) as clock:
         with clock.stage("merge"):
             time.sleep(0.01)
         model(ids)
     calls = len(clock.marks["linear"])
     model(ids)
+    assert not clock.marks.keys() - {"linear", "merge"}  # an unpatched model runs none of the others
     assert calls == len(clock.marks["linear"]) == sum(isinstance(m, torch.nn.Linear) for m in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.nn.functional.linear is linear and fp8.cast_rows is cast
     parts = clock.seconds(1.0)
     assert parts["merge"] >= 0.01 and parts["rest"] == pytest.approx(1 - parts["linear"] - parts["merge"], abs=1e-3)
 

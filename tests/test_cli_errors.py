@@ -337,10 +337,14 @@ REQUESTS = [
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
     (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed, got bench stock: leave it out"),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
+    (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
+    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory"),
 ]
 if not torch.cuda.is_available():
     REQUESTS += [
         (["bench", "speed", "--tiny", "--lengths", "900", "383"], "at least 384 tokens, got 383"),
+        (["bench", "memory", "--tiny", "--lengths", "383"], "bench memory measures prompts of at least 384 tokens"),
+        (["bench", "speed", "--tiny", "--memory-limit", "24GB"], "kept by CUDA devices only"),
         (["bench", "stock", "--tiny", "--lengths", "1000000000000000"], "ask for fewer tokens"),
     ]
 
@@ -619,6 +623,9 @@ OPTIONS = {
         "--density": SHARES,
         "--dense-layers": ["1", "2", "0", "x"],
         "--whole-up-to": ["0", "200", "-1", "x"],
+        "--kv-cache": ["int8", "host", "x"],
+        "--shape": ["qwen2.5-14b", "qwen2.5-7b-1m"],
+        "--memory-limit": ["24GB", "24", "x"],
     },
     "plan": {
         "--tokens": [*COUNTS, "1M", "512K", "1e3", "nan"],
@@ -646,7 +653,7 @@ def random_command(source, folder):
     name = source.choice(list(OPTIONS))
     words = [name]
     if name == "bench":
-        words += [source.choice(["attention", "stock", "mlp", "headline", "speed", "decode"]), "--tiny"]
+        words += [source.choice(["attention", "stock", "mlp", "headline", "speed", "decode", "memory"]), "--tiny"]
     if name == "plan":
         words += [source.choice(MODELS)]
     if name == "plot":

@@ -15,10 +15,11 @@ from qwen_longctx.geometry import layout as layouts
 from qwen_longctx.geometry.rotary import rotate, rotation
 from qwen_longctx.kv.eight_bit import EightBitStore, Turning
 from qwen_longctx.ops import decode as ops_decode
-from qwen_longctx.ops.decode import MOST_TOKENS, Reach, Sizes, decode, decode_triton, why_not
+from qwen_longctx.ops.decode import BLOCK, MOST_TOKENS, Reach, Sizes, decode, decode_triton, why_not
 from qwen_longctx.ops.eight_bit import EightBit, quantise
 from qwen_longctx.patches.method import cache_argument, cache_of
 from test_decode import BORDERS, KERNEL, TWIN, WAYS, Case, device_of, tokens_of, wherever_it_can
+from test_sparse_decode import some_blocks
 
 KINDS = ["int8", "fp8"]
 SMALL = Sizes(rows=16, keys=16, warps=4, stages=2)
@@ -129,6 +130,62 @@ def test_long_chunks_in_one_part(way):
     how = {"chunk_size": 2000, "local_size": 16, "original_max_position_embeddings": 10**9}
     case = EightBitCase("int8", [0], 3960, heads=(1, 1), device=device_of(way), bias=50.0, **how)
     case.check(by(way, 1, None))
+
+
+class ListedCase(EightBitCase):
+    """One whose queries attend to some blocks only, against PyTorch with the same lists, in float64 and as it is."""
+
+    def __init__(self, *args, count, **how):
+        super().__init__(*args, **how)
+        self.blocks = some_blocks(self, count)
+
+    def definition(self, scale):
+        exact = copy(self)
+        exact.q = self.q.double()
+        return decode(exact.q, *self.exact, exact.reach(), scale=scale, blocks=self.blocks).cpu()
+
+    def plain(self, scale):
+        return decode(self.q.cpu(), self.keys.cpu(), self.v.cpu(), self.reach().to("cpu"), **self.how(scale, "cpu"))
+
+    def how(self, scale, device):
+        return {"scale": scale, "blocks": self.blocks.to(device)}
+
+    def across(self):
+        """Listed blocks that hold the border of two chunks of their row."""
+        found = 0
+        for row, first in enumerate(self.firsts):
+            borders = range(first + self.settings.stride, self.end, self.settings.stride)
+            found += sum(border % BLOCK != 0 and border // BLOCK in self.blocks[row] for border in borders)
+        return found
+
+
+def listed(way, splits=None, size=None):
+    if way == TWIN:
+        return lambda case, scale: decode(case.q, *case.held, case.reach(), **case.how(scale, "cpu"))
+    how = {"splits": splits, "by": size}
+    return lambda case, scale: decode_triton(case.q, *case.held, case.reach(), **case.how(scale, case.q.device), **how)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [0.0, 50.0])
+@pytest.mark.parametrize(("tokens", "size"), [(1, None), (3, SMALL)])
+def test_lists_of_blocks_across_chunks(way, kind, bias, tokens, size):
+    """Chunks of 250 keys that begin at the row's first key, which is no multiple of 64 in padded rows."""
+    config = {"chunk_size": 320, "local_size": 70, "original_max_position_embeddings": 10**9}
+    how = {"heads": (4, 1), "device": device_of(way), "bias": bias, **config}
+    case = ListedCase(kind, [0, 21, None], 800, tokens, count=9, **how)
+    assert case.across() >= 3
+    case.check(listed(way, 2, size))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stride", [5, 33, 64, 65])
+def test_lists_of_blocks_of_short_chunks(way, stride):
+    """A tile of 64 keys reaches over more than two chunks, just two, or one border."""
+    config = {"chunk_size": stride + 2, "local_size": 2, "original_max_position_embeddings": 10**9}
+    case = ListedCase("int8", [0, 19], 330, count=4, heads=(2, 1), device=device_of(way), bias=50.0, **config)
+    case.check(listed(way, 1))
 
 
 def one_key_at_a_time(codes, scales, dtype, device):

@@ -430,13 +430,31 @@ def test_what_is_kept_far_beyond():
 
 def test_decode_figures():
     table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "stock"])[1:]
-    for (length, stock, ours, share, alone), row in zip(table, rows_of("decode.json"), strict=True):
+    for (length, stock, ours, share, alone, eager), row in zip(table, rows_of("decode.json"), strict=True):
         assert number(length) == row["tokens"]
         assert stock == (f"{row['stock_ms']:.1f} ms" if "stock_ms" in row else ""), length
         assert ours == f"{row['patched_ms']:.1f} ms" and share == f"{100 * row['patched_share_of_bandwidth']:.0f} %"
-        assert alone == f"{row['attention_pass_ms']:.1f} ms", length
+        assert alone == f"{row['attention_pass_ms']:.1f} ms" and eager == f"{row['without_graphs_ms']:.1f} ms", length
     said = f"decoded in {ours} on an H100, {share} of what reading weights and cache allows"
     assert said in re.sub(r"\s+", " ", README.read_text())
+
+
+def test_decode_figures_in_8_bits():
+    table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "int8"])[1:]
+    names = ("patched", "attention_pass", "sparse", "attention_sparse")
+    for (length, *cells), row in zip(table, rows_of("decode_int8.json"), strict=True):
+        assert number(length) == row["tokens"] and cells == [f"{row[f'{name}_ms']:.1f} ms" for name in names]
+    said = f"{cells[2].removesuffix(' ms')} with 5 % of the keys, {cells[0].removesuffix(' ms')} with all"
+    assert said in re.sub(r"\s+", " ", (ROOT / "docs" / "sparse-decode.md").read_text())
+
+
+def test_speed_without_flash_attention():
+    (plain,), (fp8,) = rows_of("speed_flex.json"), rows_of("speed_flex_fp8.json")
+    assert plain["list_kernel"] == fp8["list_kernel"] == "flex"
+    lists = [row["sparse_breakdown_seconds"]["attention"] for row in (plain, fp8)]
+    said = f"take {plain['sparse_seconds']:.1f} seconds in bf16 and {fp8['sparse_seconds']:.1f} with"
+    page = re.sub(r"\s+", " ", PERFORMANCE.read_text())
+    assert said in page and "lists {:.1f} and {:.1f} of them".format(*lists) in page
 
 
 def test_start_figures():
@@ -458,6 +476,14 @@ def test_fp8_figures():
         in page
     )
     assert "{:.2f} ms a layer in place of {:.2f}".format(one["fp8_ms_a_layer"], one["bf16_ms_a_layer"]) in page
+
+
+def test_host_figures():
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "memory.md").read_text())
+    (row,), (card,) = rows_of("speed_host.json"), rows_of("speed_auto.json")
+    peak = f"{row['sparse_peak_allocated_bytes'] / 1e9:.1f} GB allocated at the peak"
+    assert f"prefilled sparsely in {row['sparse_seconds']:.1f} seconds, with {peak}" in page
+    assert f"the list kernel `{row['list_kernel']}`" in page and f"it takes {card['sparse_seconds']:.1f} " in page
 
 
 def test_dense_against_yarn(main_rows, main_lines):

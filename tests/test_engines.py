@@ -17,7 +17,7 @@ from qwen_longctx import ops
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.ops import device as devices
 from qwen_longctx.ops import engines, fa4, triton_runtime
-from qwen_longctx.ops.block_shares import block_shares
+from qwen_longctx.ops.block_shares import joint_shares
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.merge import merge
@@ -119,7 +119,7 @@ def test_head_dims_that_are_not_aligned(version, capability):
     [((6, 1), ()), ((7, 0), (torch.float16, torch.float32)), ((7, 5), (torch.float16, torch.float32))],
 )
 def test_triton_where_it_knows_device_and_dtype(version, least, capability, monkeypatch):
-    """Beside the engines of attention: merging, rotating, selecting, and the norms of Liger-Kernel."""
+    """Beside the engines of attention: merging, rotating, selecting, and norms."""
     monkeypatch.setattr(triton_runtime, "AVAILABLE", True)
 
     def runs(*dtypes):
@@ -240,7 +240,7 @@ def launch(*args, **kwargs):
         ("row_lse", lambda q, k: row_lse(q, k, torch.full((8,), 8), scale=1.0)),
         (
             "block_shares",
-            lambda q, k: block_shares(q, k, torch.ones(1, 8, 8), torch.full((8,), 8), rows=4, per_block=4, scale=1.0),
+            lambda q, k: joint_shares([(q, k, torch.full((8,), 8))], rows=4, per_block=4, scale=1.0, blocks=2),
         ),
     ],
 )
@@ -403,7 +403,7 @@ sys.modules["triton"] = None  # importing it fails
 import torch
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.block_shares import block_shares
+from qwen_longctx.ops.block_shares import joint_shares
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.device import uses_triton
@@ -419,7 +419,7 @@ tiles = Tiles.of(Span(0, 64, ()), 32, torch.device("cpu"))
 kept = keep(torch.rand(1, 4, 2, 2), tiles, torch.ones(4, 1), by="mass", sink=1, window=1)
 assert compact(kept, 32).counts.tolist() == [[[1, 2]] * 4]
 columns(q, q.transpose(1, 2), q.transpose(1, 2), torch.ones(1, 4, 2, 64) > 0, size=32, scale=1.0)
-block_shares(q, k, torch.zeros(1, 4, 64), torch.full((64,), 64), rows=32, per_block=4, scale=1.0)
+joint_shares([(q, k, torch.full((64,), 64))], rows=32, per_block=4, scale=1.0, blocks=16)
 class OnCuda(torch.Tensor):
     is_cuda = property(lambda self: True)
 print(uses_triton(q.as_subclass(OnCuda)))

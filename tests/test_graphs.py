@@ -21,10 +21,13 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from helpers import FAMILIES, tiny_model
 from qwen_longctx import LongContextCache, LongContextConfig, patch_qwen, patched_qwen, unpatch_qwen
+from qwen_longctx.attention import choice
 from qwen_longctx.bench.shapes import random_model
 from qwen_longctx.geometry import layout as layouts
 from qwen_longctx.kv import store
+from qwen_longctx.ops import fp8
 from qwen_longctx.patches import graphs
+from qwen_longctx.patches.linear import Fp8Linear
 from qwen_longctx.patches.method import cache_argument
 
 NEW = 60  # enough to cross chunks of 48
@@ -102,9 +105,9 @@ def generate(model, ids, **kwargs):
     return out.sequences, torch.stack(out.logits)
 
 
-def both(ids, tapes, family="qwen2", settings=None, **kwargs):
+def both(ids, tapes, family="qwen2", settings=None, model=None, **kwargs):
     """The same with and without graphs; the tapes of the first."""
-    model = tiny_model(family)
+    model = model or tiny_model(family)
     outs = []
     for wanted in (False, True):
         assert not tapes
@@ -121,6 +124,120 @@ def both(ids, tapes, family="qwen2", settings=None, **kwargs):
 def test_same_as_without(tapes, family, tokens):
     both(prompt(tokens), tapes, family)
     assert len(tapes) == 1 and tapes[0].replays > NEW - 8
+
+
+KINDS = {
+    "int8": {"kv_cache": "int8"},
+    "fp8": {"kv_cache": "fp8"},
+    "sparse": {"sparse_decode": 0.5},
+    "int8, sparse": {"kv_cache": "int8", "sparse_decode": 0.5},
+}
+FEW = {"max_new_tokens": 30, "min_new_tokens": 30}  # enough to complete a mean of keys
+
+
+@pytest.fixture
+def kind(request, short):
+    """Settings of sparse decode, of caches in 8 bits, or of both, as a test asks for by name."""
+    return KINDS[getattr(request, "param", "int8, sparse")]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Sparse decode begins at 128 keys; the number of blocks changes every 128."""
+    monkeypatch.setattr(choice, "LEAST", 128)
+    monkeypatch.setattr(choice, "NEWEST", 40)
+    monkeypatch.setattr(choice, "_STEP", 128)
+
+
+def biased(family="qwen2", **config):
+    """A model whose keys have a bias that 8 bits could not hold beside the rest."""
+    model = tiny_model(family, **config)
+    with torch.no_grad():
+        for layer in model.model.layers if family == "qwen2" else ():
+            layer.self_attn.k_proj.bias.copy_(20 * torch.randn(layer.self_attn.k_proj.bias.shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("int8", "qwen2"), ("fp8", "qwen3"), ("sparse", "qwen2"), ("int8, sparse", "qwen2")],
+    indirect=["kind"],
+)
+def test_kinds_across_chunks_and_blocks_kept(tapes, kind, family):
+    """The sequence crosses a chunk at 384, where another number of blocks is kept."""
+    assert choice.blocks_kept(0.5, 384) == 3 and choice.blocks_kept(0.5, 385) == 4
+    both(prompt(345), tapes, model=biased(family), settings=kind)
+    assert len(tapes) == (2 if "sparse_decode" in kind else 1) and sum(tape.replays for tape in tapes) > NEW - 14
+
+
+def test_sparse_decode_begins_in_mid_sequence(tapes, short):
+    """All keys up to 128; then another graph."""
+    both(prompt(115), tapes, settings={"sparse_decode": 0.1}, **FEW)
+    assert len(tapes) == 2 and all(tape.replays > 5 for tape in tapes)
+
+
+def test_kinds_with_rows_and_left_padding(tapes, kind):
+    ids = prompt(200, 3)
+    mask = torch.ones_like(ids)
+    mask[0, :90], mask[1, :37] = 0, 0
+    both(ids, tapes, model=biased(), settings=kind, attention_mask=mask, **FEW)
+    assert len(tapes) == 1 and tapes[0].replays > 22
+
+
+@pytest.mark.parametrize("kind", ["sparse", "int8, sparse"], indirect=True)
+def test_kinds_with_beams(tapes, kind):
+    ids = prompt(150, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    both(ids, tapes, model=biased(), settings=kind, attention_mask=mask, num_beams=3, **FEW)
+    assert len(tapes) == 1 and tapes[0].replays > 22
+
+
+def test_kinds_with_drafts(tapes, kind):
+    """Steps of several tokens come between those of one."""
+    ids = prompt(200)
+    ids[:, 100:180] = ids[:, :80]
+    both(ids, tapes, model=biased(), settings=kind, prompt_lookup_num_tokens=3, eos_token_id=96, **FEW)
+
+
+def test_kinds_with_growth(tapes, kind, monkeypatch):
+    """The buffer of means grows with those of keys."""
+    monkeypatch.setattr(store, "STEP", 100)
+    monkeypatch.setattr(store, "_SMALLEST", 100)
+    cache = cache_argument(lambda: LongContextCache(160, kv_cache="int8"))
+    both(prompt(145), tapes, model=biased(), settings=kind, **FEW, **cache)
+    assert len(tapes) == 2 and all(tape.replays > 5 for tape in tapes)
+
+
+def test_kinds_in_turns_that_are_cropped(tapes, kind):
+    """Caches hold the same after each turn, means of keys among it; a turn without sparse decode comes between."""
+    model, texts = biased(), [prompt(230)] * 2
+    caches = [LongContextCache(600, kv_cache="int8") for _ in texts]
+    for turn, settings in enumerate((kind, {**kind, "sparse_decode": None}, kind)):
+        for number, wanted in enumerate((False, True)):
+            patch_qwen(model, cuda_graphs=wanted, **settings)
+            ids, _ = generate(
+                model, texts[number], max_new_tokens=20, min_new_tokens=20, **cache_argument(caches[number])
+            )
+            caches[number].crop(-7)
+            texts[number] = torch.cat((ids[:, :-6], prompt(9, seed=turn)), 1)
+        assert torch.equal(*texts) and len(tapes) > turn
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            torch.testing.assert_close(one.keys, other.keys)
+            torch.testing.assert_close(one.values, other.values)
+            torch.testing.assert_close(one.store.key_means(32), other.store.key_means(32))
+
+
+def test_linear_layers_in_8_bits_beside_a_cache_in_8_bits_and_sparse_decode(tapes, short, monkeypatch):
+    monkeypatch.setattr(fp8, "why_not", lambda device: "")
+    settings = {"linear": "fp8", "kv_cache": "int8", "sparse_decode": 0.5}
+    model = biased(dtype=torch.bfloat16, head_dim=16, hidden_size=64, intermediate_size=96)
+    out, _ = both(prompt(200), tapes, model=model, settings=settings, **FEW)
+    assert len(tapes) == 1 and tapes[0].replays > 22
+    with patched_qwen(model, **settings):
+        assert type(model.model.layers[0].self_attn.q_proj) is Fp8Linear
+    with patched_qwen(model, cuda_graphs=False):
+        assert not torch.equal(out, generate(model, prompt(200), **FEW)[0])  # or the test tells nothing
 
 
 @pytest.mark.parametrize("temperature", [True, False, "position"])
@@ -490,6 +607,39 @@ def test_cuda(family, how, monkeypatch):
         torch.cuda.empty_cache()
         free.append(torch.cuda.memory_reserved())
     assert free[-1] <= free[4], free
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_cuda_kinds(kind, how, monkeypatch):
+    """Real graphs, across a chunk and a step of the blocks kept, with padding: the tokens of without."""
+    captured = []
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *args: (captured.append(1), capture(*args))[1])
+    model = biased(head_dim=16).cuda()
+    ids = prompt(345, 2).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :60] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **how}
+    outs = []
+    for wanted in (False, True):
+        with patched_qwen(model, cuda_graphs=wanted, **kind):
+            outs.append(model.generate(ids, **arguments))
+    assert torch.equal(*outs) and len(captured) == (2 if "sparse_decode" in kind else 1)
+
+
+@pytest.mark.gpu
+def test_cuda_all_in_8_bits_and_sparse(short, monkeypatch):
+    """Linear layers and cache in 8 bits and sparse decode together are captured."""
+    captured = []
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *args: (captured.append(1), capture(*args))[1])
+    model = biased(dtype=torch.bfloat16, head_dim=32, hidden_size=128, intermediate_size=256).cuda()
+    ids = prompt(200).cuda()
+    with patched_qwen(model, linear="fp8", kv_cache="int8", sparse_decode=0.5):
+        generate(model, ids, **FEW)
+    assert captured == [1]
 
 
 @pytest.mark.gpu

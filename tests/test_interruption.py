@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import random
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen
+from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import PatchConflict
 from qwen_longctx.patches.method import cache_of
 
@@ -54,6 +59,50 @@ def test_a_retry_on_the_same_cache_is_as_if_nothing_had_happened(make, error, he
     torch.testing.assert_close(model(ids[:, held:], past_key_values=cache).logits, wanted)
     more = prompt(5)
     torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more, past_key_values=calm).logits)
+
+
+class Full(TorchDispatchMode):
+    """The operation number `left` finds no memory, or none of them."""
+
+    def __init__(self, left: int = 0) -> None:
+        super().__init__()
+        self.left = left
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("full")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KV_CACHES if kind != "fp8"])  # whose code is that of int8
+@torch.no_grad()
+def test_out_of_memory_at_any_operation_of_a_prefill(kind, tmp_path):
+    """Cache and model are as before, and the retry gets the same logits; what it leaves can be saved."""
+    long = {"dual_chunk_attention_config": {"chunk_size": 128, "local_size": 32}, "max_position_embeddings": 128}
+    model = patch_qwen(
+        tiny_model(**long), sparse="block_scores", sparse_attention_threshold=150, prefill_chunk_size=96, block_size=32
+    )
+    ids, prefix = prompt(270), LongContextCache(kv_cache=kind)
+    model(ids[:, :70], past_key_values=prefix)
+
+    def keys_and_values(cache):
+        return [x for layer in cache.layers for x in layer.store.segment(0, 270)]
+
+    cache, counted = copy.deepcopy(prefix), Full()
+    with counted:
+        wanted = model(ids[:, 70:], past_key_values=cache).logits
+    held, dice = keys_and_values(cache), random.Random(kind)
+    for left in sorted({1, 2, *(dice.randrange(1, -counted.left) for _ in range(10)), -counted.left}):
+        cache = copy.deepcopy(prefix)  # whose buffers have no room, and grow
+        with pytest.raises(torch.OutOfMemoryError, match="full"), Full(left):
+            model(ids[:, 70:], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [70, 70]
+        assert torch.equal(model(ids[:, 70:], past_key_values=cache).logits, wanted), left
+        assert all(map(torch.equal, keys_and_values(cache), held))
+    cache.save(tmp_path)
+    loaded = LongContextCache.load(tmp_path, model)
+    assert all(map(torch.equal, keys_and_values(loaded), held))
 
 
 @pytest.mark.parametrize("make", CACHES)

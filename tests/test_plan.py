@@ -343,7 +343,7 @@ BAD = [
     ({"gpu": "80"}, InvalidValue, "memory must be a number above 0 with its unit"),
     ({"gpu": 0}, InvalidValue, "memory must be"),
     ({"tokens": 0}, InvalidValue, "tokens must be"),
-    ({"kv_cache": "fp8"}, InvalidType, "unknown setting 'kv_cache'"),
+    ({"kv_caches": "fp8"}, InvalidType, "unknown setting 'kv_caches'"),
     ({"sparse": "fast"}, InvalidValue, "sparse must be one of"),
     ({"prefill_chunk_size": 0}, InvalidValue, "prefill_chunk_size must be at least 1"),
     ({"model": 7}, InvalidType, "model must be the name of a shape or the config of a checkpoint, got 7"),

@@ -119,17 +119,20 @@ def scores(case, scale, newest):
     found = shares.unflatten(2, (count, -1)).sum(3)
     block = torch.arange(count)
     for row, first in enumerate(case.firsts):
+        if first == end:  # of padding alone
+            continue
         begins = first // BLOCK
         found[row, :, (block == begins) | (block == begins + 1) | ((block + 1) * BLOCK > end - newest)] = 2.0
     return found
 
 
-def check_choice(way, case, count, scale=0.9, newest=128):
+def check_choice(way, case, count, scale=0.9, newest=128, room=0):
     """The lists hold the best blocks, up to what rounding may confuse, each once and in rising order."""
     true = scores(case, scale, newest)
-    means = mean_keys(case.keys, MEAN)  # with those of the free room, which are not numbers
+    # with those of the free room, which are not numbers
+    means = torch.nn.functional.pad(mean_keys(case.keys, MEAN), (0, 0, 0, 0, 0, room // MEAN), value=torch.nan)
     how = choose if way == TWIN else choose_triton
-    blocks = how(case.q, means, case.reach(), case.end, count, scale=scale, newest=newest).cpu()
+    blocks = how(case.q, means, case.reach(), case.keys.shape[1] + room, count, scale=scale, newest=newest).cpu()
     assert blocks.shape == (*true.shape[:2], count) and blocks.dtype == torch.int32
     assert (blocks.diff(dim=-1) > 0).all() and (blocks >= 0).all() and (blocks < true.shape[2]).all()
     found, best = true.gather(2, blocks.long()).sort(-1).values, true.topk(count, -1).values.sort(-1).values
@@ -152,7 +155,7 @@ def test_random_choices(way, data):
     firsts = data.draw(st.lists(st.none() | st.integers(0, end - 1), min_size=1, max_size=3))
     heads = kv_heads * whole(1, 8), kv_heads
     case = Case(firsts, end, whole(1, 8), heads, 8 * whole(2, 9), torch.float32, device_of(way), **config)
-    check_choice(way, case, whole(1, -(-end // BLOCK)), newest=whole(0, 300))
+    check_choice(way, case, whole(1, -(-end // BLOCK)), newest=whole(0, 300), room=whole(0, 5000))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -186,7 +189,8 @@ def test_lists_of_scores(blocks, kinds):
     scores[:, 5::11] = 2.0
     for count in {1, blocks // 3 + 1, blocks}:
         chosen = torch.full((2, count), -1, dtype=torch.int32)
-        _best_blocks[(2,)](scores, chosen, blocks, count, WIDTH=4096, num_warps=16)
+        ranges = torch.tensor([0, 0, 0, blocks * BLOCK, 0, 0], dtype=torch.int32)  # of one token
+        _best_blocks[(2,)](scores, ranges, chosen, 1, 2, blocks, count, BLOCK=BLOCK, WIDTH=4096, num_warps=16)
         wanted = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
         assert chosen.tolist() == wanted.tolist()
 

@@ -216,8 +216,10 @@ def test_a_warning_says_once_that_attention_is_approximate(caplog):
 def test_broken_activations_stop_the_run():
     model = patch_qwen(long_model(), **ON)
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    cache = LongContextCache()
     with pytest.raises(NotFinite, match="layer 1, tokens .* 'reference', recalls nan: the activations .* not finite"):
-        logits(model, prompt(500))
+        logits(model, prompt(500), cache)
+    assert cache.get_seq_length() == 0 == cache.report()["tokens"]
 
 
 def test_budgets_lie_beside_the_checkpoint_or_in_its_config(tmp_path):

@@ -9,11 +9,13 @@ from hypothesis import settings as how
 from hypothesis import strategies as st
 
 from qwen_longctx import ops, sparsity
+from qwen_longctx.attention import sparse
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.keep import keep
-from qwen_longctx.sparsity.record import SparseState
+from qwen_longctx.sparsity import request
+from qwen_longctx.sparsity.record import NOT_MEASURED, SparseState
 from qwen_longctx.sparsity.rules import block_scores, exact_shares, vertical_slash
 from qwen_longctx.sparsity.rules.rule import Rule
 from qwen_longctx.sparsity.steering import steer
@@ -521,6 +523,62 @@ def test_budgets_follow_recall_span_by_span():
     recalls = [record.recall[0, 1].item() for record in state.records]
     assert recalls[before] < 0.5  # the turn is seen by the recall of the first span after it
     assert recalls[-1] > 0.7  # and made good, though attention spreads over ever more keys
+
+
+@pytest.mark.parametrize(("kv_heads", "heads"), [(1, 4), (2, 4), (3, 6), (4, 8), (8, 8)])
+def test_beyond_a_length_recall_is_measured_in_turn(kv_heads, heads, monkeypatch):
+    """What is measured is what a run that measures all finds; no head waits longer than it must; means count these."""
+    q, k, v = draw(1100, heads, kv_heads)
+    cuts = [*range(192, 1100, 64), 1100]
+    how = settings(density=0.3)
+    whole = prefill(q, k, v, how, cuts)[1]
+    monkeypatch.setattr(request, "_MEASURED_WHOLE", 300)
+    out, state, _ = prefill(q, k, v, how, cuts)
+    turns = min(4, kv_heads)
+    every, some = whole.records, state.records
+    assert len(some) == len(every) > 10
+    measured = torch.stack([r.recall[0] > NOT_MEASURED for r in some])
+    assert measured[:2].all() and measured[2:].sum(1).max() <= -(-kv_heads // turns) * heads // kv_heads
+    seen = torch.stack([r.recall[0] for r in some])
+    torch.testing.assert_close(seen[measured], torch.stack([r.recall[0] for r in every])[measured])
+    spans = range(-(-2 // turns) * turns, len(some) - turns + 1, turns)
+    assert all(measured[start : start + turns].any(0).all() for start in spans)
+    row = state.by_layer()[0]
+    heads_seen = [seen[measured[:, h], h].mean() for h in range(heads)]
+    assert row["recall"] == pytest.approx(torch.stack(heads_seen).mean().item())
+    assert row["lowest_recall"] == pytest.approx(min(heads_seen).item())
+    assert row["measured"] == pytest.approx(measured.double().mean().item())
+    assert (row["measured"] < 1) == (kv_heads > 1)
+    state.check()
+
+
+def test_a_sequence_that_begins_far_away_is_measured_whole_first(monkeypatch):
+    monkeypatch.setattr(request, "_MEASURED_WHOLE", 0)
+    q, k, v = draw(640)
+    state = prefill(q, k, v, settings(density=0.3), [192, 320, 384, 512, 640])[1]
+    seen = torch.cat([record.recall for record in state.records]) >= 0
+    assert seen.sum(1).tolist() == [4, 2, 2, 2, 2]
+    assert (seen[2:4].sum(0) == 1).all()
+    kept = state.snapshot()
+    state.turns[0] += 5
+    state.restore(kept)
+    assert state.turns[0] == 5
+
+
+def test_a_head_that_is_not_measured_keeps_its_budget():
+    rule = Rule(lambda *a: None, start=1.0, lowest=0.5, highest=8.0, recall_target=0.9)
+    recall = torch.tensor([[0.5, NOT_MEASURED], [0.7, NOT_MEASURED]])
+    assert steer(torch.full((2,), 3.0), recall, 0.9, rule).tolist() == [pytest.approx(3 * 6**0.5), 3.0]
+
+
+@pytest.mark.parametrize(("target", "trials"), [(1e-4, 1), (0.97, 3)])
+def test_trials_end_where_they_change_nothing(target, trials, monkeypatch):
+    seen = []
+    steered = sparse.steer
+    monkeypatch.setattr(sparse, "steer", lambda *a: seen.append(a) or steered(*a))
+    q, k, v = draw(192)
+    prefill(q, k, v, settings(density=0.2, recall_target=target), [192], layers=1)
+    assert len(seen) == trials
 
 
 # --- the canary ---------------------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from qwen_longctx.ops.columns import columns, columns_triton
 from qwen_longctx.ops.compact import compact, compact_triton
 from qwen_longctx.ops.keep import keep, keep_triton
 from qwen_longctx.ops.merge import merge, merge_triton
-from qwen_longctx.ops.rotate import rotate, rotate_triton
+from qwen_longctx.ops.rotate import place, place_triton, rotate, rotate_triton
 from qwen_longctx.ops.row_lse import row_lse, row_lse_triton
 
 pytest.importorskip("triton", reason="needs Triton")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = (
     *("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join"),
-    *("mean_logits", "mean_scores", "best_blocks"),
+    *("mean_logits", "mean_scores", "best_blocks", "thin", "read_out", "norm", "silu_mul", "place"),
+    *("write", "write_mean", "fetch"),
 )
 NEWER = ("rows",)  # kernels that need compute capability 8.9
 HEADS = [(4, 2), (6, 1), (3, 3)]
@@ -107,7 +108,24 @@ def test_block_shares(device, heads, rows, per_block, pool):
     limits = torch.tensor([0, 40, keys], device=device).repeat_interleave(rows)
     lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
     how = {"rows": rows, "per_block": per_block, "scale": 0.3, "pool": pool}
-    close(block_shares_triton(q, means, lse, limits, **how), on_cpu(block_shares, q, means, lse, limits, **how))
+    out = torch.zeros(2, heads[0], 3, -(-keys // per_block) + 5, device=device)
+    wanted = out.cpu()
+    block_shares_triton(q, means, lse, limits, out, 2, **how)
+    block_shares(*(x.cpu() for x in (q, means, lse, limits)), wanted, 2, **how)
+    close(out, wanted)
+    assert wanted[..., 2:-3].any() and not out[..., :2].any() and not out[..., -3:].any()
+
+
+@on_devices
+def test_block_shares_of_more_keys_than_a_program_takes(device):
+    q, means = draw(device, 1, 12, 2, 16), draw(device, 1, 1150, 1, 16)
+    limits = torch.tensor([1150, 520, -3], device=device).repeat_interleave(4)
+    lse = row_lse(q.cpu(), means.cpu(), limits.cpu(), scale=0.3).to(device)
+    out = torch.zeros(1, 2, 3, 288, device=device)
+    wanted, how = out.cpu(), {"rows": 4, "per_block": 4, "scale": 0.3}
+    block_shares_triton(q, means, lse, limits, out, **how)
+    block_shares(*(x.cpu() for x in (q, means, lse, limits)), wanted, **how)
+    close(out, wanted)
 
 
 @on_devices
@@ -150,6 +168,28 @@ def test_merge(device, count):
     wanted = merge([(o.cpu(), s.cpu()) for o, s in zip(outs, lses, strict=True)])
     close(out, wanted[0])
     close(lse, wanted[1])
+
+
+@on_devices
+@pytest.mark.parametrize("head_dim", [16, 80])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_key_is_rotated_to_its_place(device, head_dim, rows):
+    torch.manual_seed(0)
+    k, v = (draw(device, 3, 1, 6 * head_dim).view(3, 1, 6, head_dim)[:, :, ::2] for _ in range(2))
+    table = rotation(
+        torch.randint(0, 1000, (rows, 1), device=device),
+        1 / (1 + torch.arange(head_dim // 2, device=device)),
+        1.0,
+        torch.float32,
+    )
+    slot = torch.tensor([4], device=device)
+    found, wanted = ((draw(device, 3, 7, 3, head_dim), draw(device, 3, 7, 3, head_dim)) for _ in range(2))
+    for one, other in zip(found, wanted, strict=True):
+        other.copy_(one)
+    place_triton(k, v, *table, found, slot)
+    place(*(x.cpu() for x in (k, v, *table)), (cpu := tuple(x.cpu() for x in wanted)), slot.cpu())
+    for one, other in zip(found, cpu, strict=True):
+        torch.testing.assert_close(one.cpu(), other)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -55,7 +55,7 @@ def test_a_long_prompt_compiles_little_and_other_lengths_nothing():
     first = variants(model, 1536)
     counts = Counter(kernel for kernel, _ in first)
     prefill = {"_rotate": 1, "_row_lse": 1, "_block_shares": 2, "_keep": 1, "_compact": 1, "_merge": 2}
-    assert counts == {**prefill, "_decode": 1, "_join": 1}
+    assert counts == {**prefill, "_decode": 1, "_join": 1, "_thin": 3, "_norm": 2}
     for tokens in (1600, 1791, 2048):
         assert variants(model, tokens) <= first, tokens
 

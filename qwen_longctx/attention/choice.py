@@ -21,19 +21,31 @@ def blocks_kept(share: float, length: int) -> int | None:
 
 
 def chosen_blocks(
-    q: torch.Tensor, kv: KeyValues, reach: Reach, length: int, share: float | None, *, scale: float
+    q: torch.Tensor,
+    kv: KeyValues,
+    reach: Reach,
+    length: int,
+    share: float | None,
+    *,
+    scale: float,
+    slot: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The blocks that `decode` is to attend to, as it takes them; None where those are all.
 
     Parameters
     ----------
-    q, reach, length, scale
+    q, reach, scale
         See `ops.choose.choose`.
     kv : KeyValues
+    length : int
+        Keys in the cache: it says how many blocks are kept. Where they end says the device.
     share : float, optional
         Of the keys; None keeps all.
+    slot : torch.Tensor, optional
+        See `KeyValues.means_room`.
     """
     count = None if share is None else blocks_kept(share, length)
     if count is None:
         return None
-    return choose(q, kv.key_means(MEAN), reach, length, count, scale=scale, newest=NEWEST)
+    means = kv.means_room(MEAN, slot)
+    return choose(q, means, reach, kv.size()[0], count, scale=scale, newest=NEWEST)

@@ -51,8 +51,8 @@ def attend(
         Shape and dtype of `q`; zero at padding.
     """
     if layout.reach is not None:
-        blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale)
-        return decode(q, *kv.room(), layout.reach, scale=scale, blocks=blocks)
+        blocks = chosen_blocks(q, kv, layout.reach, layout.length, layout.keep, scale=scale, slot=layout.slot)
+        return decode(q, *kv.room(blocks), layout.reach, scale=scale, blocks=blocks)
     if layout.covers_all:
         return _attend_rows(q, kv, layout, layout.groups[0], scale, layer)
     out = torch.zeros_like(q)
@@ -103,14 +103,20 @@ def _attend_span(q: torch.Tensor, kv: KeyValues, place: SpanPlace) -> torch.Tens
         request.observe_dense(place.layer, span, q.shape[0] * q.shape[2])
     elif request is not None:
         return sparse.attend_span(q, kv, place, request)
-    parts = [
-        Part(place.rotated(q, kind), *place.segment(kv, start, stop), kind == "intra")
-        for kind, start, stop in span.segments
-    ]
     if layout.mode == "train":
+        parts = [
+            Part(place.rotated(q, kind), *place.segment(kv, start, stop), kind == "intra")
+            for kind, start, stop in span.segments
+        ]
         return merged_attention(parts, scale=place.scale)
     kernel = ops.get(layout.kernel)
-    return merge([kernel(x, k, v, causal=causal, scale=place.scale) for x, k, v, causal in parts])[0]
+
+    def part(kind: Kind, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One segment's: queries that are rotated, and keys that are read out, are gone before the next one's."""
+        keys, values = place.segment(kv, start, stop)
+        return kernel(place.rotated(q, kind), keys, values, causal=kind == "intra", scale=place.scale)
+
+    return merge([part(*segment) for segment in span.segments])[0]
 
 
 def weights(q: torch.Tensor, kv: KeyValues, layout: Layout, scale: float) -> torch.Tensor:

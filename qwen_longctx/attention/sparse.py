@@ -14,10 +14,10 @@ from qwen_longctx.kv.store import KeyValues, mean_keys
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.merge import merge
-from qwen_longctx.sparsity.record import SpanRecord
+from qwen_longctx.sparsity.record import NOT_MEASURED, SpanRecord
 from qwen_longctx.sparsity.request import Request
 from qwen_longctx.sparsity.steering import steer
-from qwen_longctx.sparsity.view import Piece, Selection, SpanView
+from qwen_longctx.sparsity.view import ALL_OWNERS, Piece, Selection, SpanView
 
 _TRIALS = 3  # of a first budget; each moves it by at most a factor of four up, or by a third down
 
@@ -82,7 +82,8 @@ def _attend_view(view: SpanView, v: torch.Tensor, request: Request) -> torch.Ten
     budget = request.budget(view.layer)
     if budget is None:
         budget = _first_budget(view, v, request)
-    result = _attend_once(view, v, request, budget.to(view.k.device), _dense_lse(view, request))
+    owners = request.measured(view.layer, view.span.stop, view.k.shape[2])
+    result = _attend_once(view, v, request, budget.to(view.k.device), _dense_lse(view, request, owners), owners)
     request.observe(result.record, budget)
     request.observer.span(view, result.selection, result.record)
     return result.out
@@ -95,7 +96,11 @@ class _Result(NamedTuple):
 
 
 def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Tensor:
-    """Budgets for the first span of a layer: tried on its last tile alone until that recalls what it should."""
+    """Budgets for the first span of a layer: tried on its last tile alone until that recalls what it should.
+
+    Looking at them waits for the device, which takes less than a trial that changes nothing: a small model's are bound
+    by launches.
+    """
     rule, target = request.rule, request.recall_target
     budget = torch.full((view.heads,), rule.start, dtype=torch.float32, device=view.k.device)
     if target is None:
@@ -103,20 +108,30 @@ def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Te
     last = view.last_tile()
     lse = _dense_lse(last, request)
     for _ in range(_TRIALS):
-        budget = steer(budget, _attend_once(last, v, request, budget, lse).record.recall, target, rule)
+        before, budget = budget, steer(budget, _attend_once(last, v, request, budget, lse).record.recall, target, rule)
+        if torch.equal(budget, before):
+            break
     return budget
 
 
-def _dense_lse(view: SpanView, request: Request) -> torch.Tensor:
-    """Log-sum-exp over all keys of the queries at the end of a span by which recall is measured."""
+def _dense_lse(view: SpanView, request: Request, owners: slice = ALL_OWNERS) -> torch.Tensor:
+    """Log-sum-exp over all keys of the queries by which the recall of some KV heads is measured, the last of a span."""
     with request.observer.stage("recall"):
-        return view.full_lse(min(request.settings.last_q, view.span.stop - view.span.start))
+        return view.full_lse(min(request.settings.last_q, view.span.stop - view.span.start), owners)
 
 
 def _attend_once(
-    view: SpanView, v: torch.Tensor, request: Request, budget: torch.Tensor, dense_lse: torch.Tensor
+    view: SpanView,
+    v: torch.Tensor,
+    request: Request,
+    budget: torch.Tensor,
+    dense_lse: torch.Tensor,
+    owners: slice = ALL_OWNERS,
 ) -> _Result:
-    """Attention to what the rule keeps, and its recall: ``exp(lse - dense_lse)``, mean over the last queries."""
+    """Attention to what the rule keeps, and its recall: ``exp(lse - dense_lse)``, mean over the last queries.
+
+    `dense_lse` is that of the heads of some KV heads, `owners`.
+    """
     stage, tiles = request.observer.stage, view.tiles
     q = view.pieces[0].q
     name = ops.list_kernel(request.settings.kernel, q.device, q.dtype, q.shape[-1], tiles.size)
@@ -141,9 +156,19 @@ def _attend_once(
     with stage("merge"):
         out, lse = merge(parts)
     with stage("recall"):
-        recall = torch.exp(lse[..., -dense_lse.shape[-1] :] - dense_lse).mean(dim=-1)
+        recall = _recall(lse, dense_lse, view.heads_of(owners))
     pairs = tiles.pairs * out.shape[0] * view.heads
     return _Result(out, selection, SpanRecord(view.layer, view.span.start, view.span.stop, name, recall, kept, pairs))
+
+
+def _recall(lse: torch.Tensor, dense_lse: torch.Tensor, heads: slice) -> torch.Tensor:
+    """Recall of some heads, shape (batch, heads), `NOT_MEASURED` of the others."""
+    some = torch.exp(lse[:, heads, -dense_lse.shape[-1] :] - dense_lse).mean(dim=-1)
+    if some.shape[1] == lse.shape[1]:
+        return some
+    recall = torch.full(lse.shape[:2], NOT_MEASURED, dtype=some.dtype, device=some.device)
+    recall[:, heads] = some
+    return recall
 
 
 def _single_keys(

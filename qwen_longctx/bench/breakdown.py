@@ -2,63 +2,84 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
+from qwen_longctx.ops import fp8, norm, rotate
 from qwen_longctx.sparsity.observer import Observer
+
+# functions outside of the stages that a cache reports, by the part they count for. They are replaced, and no layer is
+# hooked: a layer that somebody looks at gets its input as it is, not in 8 bits
+_FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("linear", nn.functional, "linear"),
+    ("linear", fp8, "product"),
+    ("cast", fp8, "cast_rows"),
+    ("swiglu", fp8, "silu_mul_rows"),
+    ("swiglu", norm, "silu_mul"),
+    *(("norm", norm, f"{kind}rms_norm") for kind in ("", "add_", "short_")),
+    *(("norm", norm, f"{kind}rms_norm_rows") for kind in ("", "add_")),
+    ("rotation", rotate, "rotate"),
+)
 
 
 class Breakdown(Observer):
-    """Seconds of a sparse prefill in its linear layers and in the stages that its cache reports, by events.
+    """Seconds of a sparse prefill by part, by events: the stages that its cache reports, and `_FUNCTIONS`.
 
-    Give it to the cache of the run as its observer. Linear layers are timed by forward hooks while the context is
-    open. The events wait for nothing.
+    Give it to the cache of the run as its observer, and run inside its context. "linear" are the products alone, "norm"
+    holds the residuals and casts of one pass with it, "cast" what is cast by itself. The events wait for nothing.
 
     Parameters
     ----------
-    model : torch.nn.Module
     device : torch.device
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.kernel = ""  # that ran on the lists of the newest span
         self.marks: dict[str, list[tuple[Any, Any]]] = {}
-        self._hooks: list[Any] = []
-        self._start: Any = None
+        self._stack = ExitStack()
+        self._open = False  # what runs inside a part counts for it
 
     def __enter__(self) -> Breakdown:
-        for module in self.model.modules():
-            if isinstance(module, nn.Linear):
-                self._hooks.append(module.register_forward_pre_hook(self._before_linear))
-                self._hooks.append(module.register_forward_hook(self._after_linear))
+        for part, module, name in _FUNCTIONS:
+            self._stack.enter_context(mock.patch.object(module, name, self._timed(part, getattr(module, name))))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._stack.close()
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(part):
+                return function(*args, **kwargs)
+
+        return timed
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one piece of the work called `name`."""
+        if self._open:
+            yield
+            return
+        self._open = True
         start = self._mark()
-        yield
+        try:
+            yield
+        finally:
+            self._open = False
         self._note(name, start)
 
     def span(self, view: Any, selection: Any, record: Any) -> None:
         """Note which kernel a span ran on."""
         self.kernel = record.kernel
-
-    def _before_linear(self, *call: Any) -> None:
-        self._start = self._mark()  # one suffices: linear layers hold no linear layers
-
-    def _after_linear(self, *call: Any) -> None:
-        self._note("linear", self._start)
 
     def _note(self, part: str, start: Any) -> None:
         self.marks.setdefault(part, []).append((start, self._mark()))

@@ -63,7 +63,7 @@ def measure(
     whole_up_to : int
         Longest cache for stock transformers.
     rounds, new_tokens : int
-    kv_cache : {"device", "fp8", "int8"}
+    kv_cache : {"device", "fp8", "int8", "host"}
         How our cache holds keys and values; stock transformers has them as they are.
     sparse_decode : float, optional
         Also measure sparse decode with this share of the keys.
@@ -134,7 +134,8 @@ def _our_cache(model: Qwen2ForCausalLM, length: int, new_tokens: int, kv_cache: 
 def _stock_cache(ours: LongContextCache) -> DynamicCache:
     cache = DynamicCache()
     for number, layer in enumerate(ours.layers):
-        cache.update(layer.keys.contiguous(), layer.values.contiguous(), number)
+        keys, values = (x.to(layer.device).contiguous() for x in (layer.keys, layer.values))
+        cache.update(keys, values, number)
     return cache
 
 

@@ -1,4 +1,4 @@
-"""The shape of Qwen2.5-7B with random bf16 weights: right for time and memory, not for quality."""
+"""Shapes of checkpoints with random bf16 weights: right for time and memory, not for quality."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_longctx.shapes import known_config
 
-_SHAPE = "qwen2.5-7b-1m"
+NAMES = ("qwen2.5-7b", "qwen2.5-14b")  # of which the measurements take the 1M checkpoints
 _TOY = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -19,10 +19,10 @@ _TOY = {
 ROPE_THETA = 10_000_000.0
 
 
-def model_config(tiny: bool = False, layers: int | None = None) -> Qwen2Config:
-    """Config of Qwen2.5-7B-Instruct-1M, or of a toy for tests; all layers or some."""
+def model_config(tiny: bool = False, layers: int | None = None, shape: str = NAMES[0]) -> Qwen2Config:
+    """Config of the 1M checkpoint of a shape, Qwen2.5-7B-Instruct-1M by default, or of a toy; all layers or some."""
     changed = {**(_TOY if tiny else {}), **({"num_hidden_layers": layers} if layers else {})}
-    config = known_config(_SHAPE, **changed)
+    config = known_config(f"{shape}-1m", **changed)
     if getattr(config, "rope_parameters", None):
         config.rope_parameters["rope_theta"] = ROPE_THETA
     else:
@@ -30,10 +30,12 @@ def model_config(tiny: bool = False, layers: int | None = None) -> Qwen2Config:
     return config
 
 
-def random_model(device: torch.device, tiny: bool = False, layers: int | None = None) -> Qwen2ForCausalLM:
+def random_model(
+    device: torch.device, tiny: bool = False, layers: int | None = None, shape: str = NAMES[0]
+) -> Qwen2ForCausalLM:
     """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(model_config(tiny, layers)).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(model_config(tiny, layers, shape)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:

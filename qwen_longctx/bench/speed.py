@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import Qwen2ForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
 from qwen_longctx.bench.breakdown import Breakdown
-from qwen_longctx.bench.shapes import random_model
+from qwen_longctx.bench.shapes import NAMES, random_model
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.errors import InvalidValue
 
@@ -31,6 +32,10 @@ def measure(
     dense_layers: int = 0,
     whole_up_to: int = 131072,
     linear: str = "auto",
+    shape: str = NAMES[0],
+    kv_cache: str = "device",
+    prefill_chunk_size: int | None = None,
+    sparse_only: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Time to the first token: stock transformers with SDPA, dense and sparse prefill, and where sparse spends it.
 
@@ -53,6 +58,14 @@ def measure(
         Longest prompt for stock transformers, whose cache copies itself, and for dense as it is.
     linear : {"auto", "fp8"}
         The setting of that name, of sparse and of dense runs.
+    shape : str
+        Of the model, see ``bench.shapes.NAMES``.
+    kv_cache : {"device", "fp8", "int8", "host"}
+        How our cache holds keys and values. Of kinds other than "device" the sparse run alone is measured.
+    prefill_chunk_size : int, optional
+        The setting of that name, of sparse and of dense runs.
+    sparse_only : bool
+        Measure the sparse run alone.
 
     Raises
     ------
@@ -60,23 +73,36 @@ def measure(
         A length is below `SHORTEST`.
     """
     check_lengths("speed", lengths)
-    model = random_model(device, tiny)
+    model = random_model(device, tiny, shape=shape)
     for length in lengths:
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
-        dense, sparse = {**DENSE, "linear": linear}, {**sparse_settings(length, density), "linear": linear}
-        row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], "linear": linear}
-        _warm_up(ids, [sparse, dense, *([None] if length <= whole_up_to else [])], device, tiny)
+        given: dict[str, Any] = {"linear": linear, "kv_cache": kv_cache}
+        given |= {} if prefill_chunk_size is None else {"prefill_chunk_size": prefill_chunk_size}
+        dense, sparse = {**DENSE, **given}, {**sparse_settings(length, density), **given}
+        row: dict[str, Any] = {"tokens": length, "density_asked": sparse["density"], **given}
+        alone = sparse_only or kv_cache != "device"
+        others = [] if alone else [dense, *([None] if length <= whole_up_to else [])]
+        _warm_up(ids, [sparse, *others], device, tiny, shape)
         row.update(_sparse(model, ids, sparse, device))
+        row["selection_share"] = row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"]
+        if not others:
+            yield _rounded(row)
+            continue
         if dense_layers and length > whole_up_to:
-            row["dense_seconds"] = _projected(ids, dense, device, tiny, dense_layers, model.config.num_hidden_layers)
+            row["dense_seconds"] = _projected(
+                ids, dense, device, tiny, shape, dense_layers, model.config.num_hidden_layers
+            )
             row["dense_is"] = f"projected from {dense_layers} and {2 * dense_layers} layers at full length"
         else:
             row["dense_seconds"], row["dense_is"] = _first_token(model, ids, dense, device)[0], "run whole"
         if length <= whole_up_to:
             row["stock_seconds"] = _first_token(model, ids, None, device)[0]
         row["dense_over_sparse"] = round(row["dense_seconds"] / row["sparse_seconds"], 3)
-        row["selection_share"] = round(row["sparse_breakdown_seconds"].get("selection", 0) / row["sparse_seconds"], 4)
-        yield {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        yield _rounded(row)
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def check_lengths(bench: str, lengths: list[int]) -> None:
@@ -105,7 +131,7 @@ def _sparse(
     """The part of a row that is about the sparse run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with Breakdown(model, device) as clock:
+    with Breakdown(device) as clock:
         seconds, report = _first_token(model, ids, overrides, device, clock)
     row = {
         "sparse_seconds": seconds,
@@ -118,11 +144,15 @@ def _sparse(
     return row
 
 
-def _warm_up(ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool) -> None:
+def _warm_up(
+    ids: torch.Tensor, runs: list[dict[str, Any] | None], device: torch.device, tiny: bool, shape: str
+) -> None:
     """Every run of a length on one layer: kernels are compiled, and cuDNN plans, once a process for every shape."""
-    model = random_model(device, tiny, layers=1)
+    model = random_model(device, tiny, layers=1, shape=shape)
     for overrides in runs:
         _first_token(model, ids, overrides, device)
+    del model
+    gc.collect()  # patched modules and their methods refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the long run finds its memory in one piece
 
@@ -140,14 +170,14 @@ def _first_token(
     """
     if overrides is None:
         return timed(lambda: model(ids, use_cache=True, logits_to_keep=1), device), {}
-    cache = LongContextCache(ids.shape[1] + 1, observer=observer)
+    cache = LongContextCache(ids.shape[1] + 1, observer=observer, kv_cache=overrides["kv_cache"])
     with patched_qwen(model, **overrides):
         seconds = timed(lambda: model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1), device)
     return seconds, cache.report()
 
 
 def _projected(
-    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, layers: int, of: int
+    ids: torch.Tensor, dense: dict[str, Any], device: torch.device, tiny: bool, shape: str, layers: int, of: int
 ) -> float:
     """Seconds of `of` layers from the slope between `layers` and twice as many, after `_warm_up`.
 
@@ -155,7 +185,7 @@ def _projected(
     """
     times = []
     for count in (layers, 2 * layers):
-        model = random_model(device, tiny, layers=count)
+        model = random_model(device, tiny, layers=count, shape=shape)
         times.append(_first_token(model, ids, dense, device)[0])
         del model
     return times[0] + (of - layers) * (times[1] - times[0]) / layers

@@ -1,4 +1,4 @@
-"""Time and memory on the shape of Qwen2.5-7B, with random weights."""
+"""Time and memory on the shape of Qwen2.5-7B or another, with random weights."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import argparse
 from importlib import import_module
 from typing import Any
 
-from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share
+from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share, size_of_memory
 from qwen_longctx.config import KV_CACHES, LINEAR
 from qwen_longctx.errors import InvalidValue, Unsupported
 
+_TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B"}
+SHAPES = tuple(_TITLES)  # see bench.shapes.NAMES, which imports torch
 _OPTIONS = {
     "density": ("speed",),
     "dense_layers": ("speed",),
     "whole_up_to": ("speed", "decode"),
     "sparse_decode": ("decode",),
-    "linear": ("speed", "headline"),
-    "kv_cache": ("decode",),
+    "linear": ("speed", "headline", "memory"),
+    "kv_cache": ("speed", "decode", "memory"),
+    "shape": ("speed", "memory"),
+    "memory_limit": ("speed", "memory"),
+    "prefill_chunk_size": ("speed",),
+    "sparse_only": ("speed",),
 }
 
 
@@ -24,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start"],
+        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory"],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
@@ -40,8 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
-    parser.add_argument("--linear", choices=LINEAR, help="speed and headline: what the linear layers compute in")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="decode: how our cache holds keys and values")
+    parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory: how our cache is held")
+    parser.add_argument("--shape", choices=SHAPES, help=f"speed, memory: shape of the model, {SHAPES[0]} by default")
+    parser.add_argument(
+        "--memory-limit",
+        type=size_of_memory,
+        metavar="SIZE",
+        help="speed, memory: memory of the card that may be taken, such as 48GB",
+    )
+    parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed: tokens of a chunk")
+    parser.add_argument(
+        "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 
@@ -50,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, and print a row for each length."""
     import torch
 
+    from qwen_longctx.bench.limit import limit_memory
     from qwen_longctx.bench.shapes import model_config
     from qwen_longctx.cli.checkpoint import check_room
     from qwen_longctx.evaluation.environment import write_results
@@ -68,14 +86,17 @@ def run(args: argparse.Namespace) -> None:
         raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
     if args.output is not None:
         check_writable(args.output)
+    shape, limit = args.shape or SHAPES[0], options.pop("memory_limit", None)
+    if limit is not None:
+        limit_memory(limit, device)
     module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
-    check_room(
-        model_config(args.tiny, layers=1 if args.what in ("attention", "mlp", "linear") else None), lengths, "bfloat16"
-    )
+    layers = 1 if args.what in ("attention", "mlp", "linear") else None
+    check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
     done: list[dict[str, Any]] = []
     for row in module.measure(lengths, device, args.tiny, **options):
         print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
         done.append(row)
         if args.output is not None:
-            write_results(args.output, {"shape": "tiny" if args.tiny else "Qwen2.5-7B", "rows": done})
+            limited = {} if limit is None else {"memory_limit_bytes": limit}
+            write_results(args.output, {"shape": "tiny" if args.tiny else _TITLES[shape], **limited, "rows": done})

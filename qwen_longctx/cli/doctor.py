@@ -16,7 +16,8 @@ def run(args: argparse.Namespace) -> None:
 
     from qwen_longctx import ops, patches
     from qwen_longctx.evaluation.environment import environment
-    from qwen_longctx.ops import decode, norm
+    from qwen_longctx.ops import decode
+    from qwen_longctx.ops.device import uses_triton
     from qwen_longctx.ops.engines import dense
 
     about = environment()
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         passed_over = "; ".join(f"{kernel} {reason}" for kernel, reason in reasons.items() if reason)
         when = "on request only, " if chosen == "reference" else ""
         print(f"{device} ({name}): sparse prefill runs {when}on {chosen} ({passed_over or 'the fastest'})")
-        norms = "Liger-Kernel" if norm.runs(torch.empty(1, device=device, dtype=dtype)) else "PyTorch"
+        norms = "Triton" if uses_triton(torch.empty(1, device=device, dtype=dtype)) else "PyTorch"
         print(f"{device} ({name}): norms and SwiGLU of long prompts run on {norms}")
 
 

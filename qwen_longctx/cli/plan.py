@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a prefill chunk")
     parser.add_argument("--mlp-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a slice of an MLP")
     parser.add_argument("--linear", choices=LINEAR, help="fp8: linear layers in 8 bits")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="int8 or fp8: keys and values in 8 bits")
+    parser.add_argument(
+        "--kv-cache",
+        choices=("auto", *KV_CACHES),
+        help="int8 or fp8: keys and values in 8 bits; host: in its memory; auto: the first that fits",
+    )
     parser.add_argument("--sparse", metavar="RULE", help="rule of sparse prefill, or off")
     parser.add_argument(
         "--sparse-attention-threshold", type=at_least_one, metavar="TOKENS", help="longer prompts are sparse"

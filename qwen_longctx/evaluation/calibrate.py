@@ -25,7 +25,7 @@ from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.evaluation import corpus, passkey
 from qwen_longctx.files import check_writable, replacing
 from qwen_longctx.sparsity.budgets import HeadBudgets, dump, load
-from qwen_longctx.sparsity.record import SpanRecord
+from qwen_longctx.sparsity.record import SpanRecord, recall_of_heads
 
 THRESHOLD, STEP, ROUNDS = 0.9, 2048, 10
 _SPARSE_FROM = 3  # tiles: one that is sparse, and the two at the end of a prompt that never are
@@ -212,9 +212,7 @@ def _recall(model: Any, ids: torch.Tensor, budgets: HeadBudgets, overrides: Mapp
     by_layer: dict[int, list[SpanRecord]] = {}
     for record in cache.sparse_state.records:
         by_layer.setdefault(record.layer, []).append(record)
-    return torch.stack(
-        [torch.stack([r.recall.mean(0).cpu() for r in by_layer[layer]]).mean(0) for layer in sorted(by_layer)]
-    )
+    return torch.stack([recall_of_heads(by_layer[layer])[0] for layer in sorted(by_layer)])
 
 
 def _raise(budgets: HeadBudgets, recall: torch.Tensor, steps: Steps, tokens: int) -> tuple[HeadBudgets, int]:

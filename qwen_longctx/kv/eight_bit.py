@@ -12,10 +12,23 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.errors import Unsupported
-from qwen_longctx.kv.store import ALL_ROWS, Store
-from qwen_longctx.ops.eight_bit import EightBit, KeyBias, quantise
+from qwen_longctx.kv.store import ALL_ROWS, Form, Store
+from qwen_longctx.ops import eight_bit
+from qwen_longctx.ops.eight_bit import CODES, EightBit, KeyBias
+from qwen_longctx.ops.read_out import read_out
+from qwen_longctx.ops.rotate import rotate
 
-AT_A_TIME = 16384  # tokens that are in float32 at once
+_SIZES = 8  # between a length and its double, to which what is read out is rounded up
+
+
+def room_for(tokens: int) -> int:
+    """Tokens for which memory is taken to read out so many: few sizes, so that the allocator has one left over.
+
+    Each chunk of a prefill reads out more than the one before, and a gigabyte that was given back is of no use to what
+    is a little larger.
+    """
+    step = max(1, (1 << max(0, tokens - 1).bit_length()) // (2 * _SIZES))
+    return -(-tokens // step) * step
 
 
 class Turning(NamedTuple):
@@ -44,13 +57,20 @@ class EightBitStore(Store):
     kind : {"int8", "fp8"}
     capacity : int
         As of `Store`.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        In which keys and values are handed out: that of the first ones.
+    bias : KeyBias, optional
+        What all keys lack.
     """
 
     def __init__(self, kind: str, capacity: int = 0) -> None:
         super().__init__(capacity)
         self.kind = kind
         self.dtype = torch.float32
-        self._bias: KeyBias | None = None
+        self.bias: KeyBias | None = None
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, turning: Turning | None = None
@@ -68,42 +88,74 @@ class EightBitStore(Store):
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise Unsupported('a cache in 8 bits has no gradients: train with kv_cache="device", or without a cache')
         if self.length == 0:
-            self.dtype, self._means, self._bias = k.dtype, None, None
+            self.dtype, self._means, self.bias = k.dtype, None, None
             if bias is not None and turning is not None:
                 vector, inv_freq = (x.detach().to(k.device) for x in (bias, turning.inv_freq))
-                self._bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
-        spots = k.new_zeros(k.shape[:2], dtype=torch.int32)
-        if turning is not None:
-            spots += turning.spots.to(spots.device)
-        parts = [self._encoded(*three) for three in zip(*(x.split(AT_A_TIME, 1) for x in (k, v, spots)), strict=True)]
-        self._write(*(torch.cat(some, 1) for some in zip(*parts, strict=True)))
+                self.bias = KeyBias.of(vector.view(k.shape[2:]), inv_freq, turning.scaling, k.dtype)
+        spots = k.new_zeros((1, k.shape[1]), dtype=torch.int32) if turning is None else turning.spots.to(k.device)
+        eight_bit.write(self._room_for(*self._like(k)), k, v, spots, self.bias, start=self.length)
+        self.length += k.shape[1]
 
-    def _encoded(self, k: torch.Tensor, v: torch.Tensor, spots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        free = k.float() if self._bias is None else k.float() - self._bias.at(spots)
-        return *quantise(free, self.kind), *quantise(v, self.kind), spots
+    def _like(self, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tensors of the shapes and dtypes of what is held for keys such as `k`."""
+        batch, tokens, kv_heads, head_dim = k.shape
+        forms = self.forms(kv_heads, head_dim, k.dtype).values()
+        return tuple(k.new_empty(1, dtype=one.dtype).expand(batch, tokens, *one.shape) for one in forms)
+
+    def write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor],
+        spots: torch.Tensor,
+    ) -> None:
+        """See `Store.write`; quantised on the way."""
+        assert self.buffers is not None
+        eight_bit.write(self.buffers, rotate(k, *table), v, spots, self.bias, slot=slot)
+
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """See `Store.held`; with the bias."""
+        bias = () if self.bias is None else self.bias[:3]
+        return (*super().held(), *bias)
 
     def segment(self, start: int, stop: int, rows: slice = ALL_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
         """See `KeyValues`. New tensors, of the dtype of the first keys."""
-        held = self._held(rows, slice(start, stop))
-        shape, device = held[0].shape, held[0].codes.device
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=device) for _ in held)
-        for at in range(0, shape[1], AT_A_TIME):
-            part = slice(at, at + AT_A_TIME)
-            keys[:, part], values[:, part] = (x.part(part).numbers() for x in held)
-        return keys, values
+        keys, values = self._held(rows, slice(start, stop))
+        return self._read_out(keys), self._read_out(values)
+
+    def _keys(self, start: int, stop: int) -> torch.Tensor:
+        return self._read_out(self._held(ALL_ROWS, slice(start, stop))[0])
+
+    def _read_out(self, x: EightBit) -> torch.Tensor:
+        """What `x` stands for, in new memory of `room_for` its tokens."""
+        assert self.buffers is not None
+        rows, tokens, *vector = x.shape
+        room = min(room_for(tokens), self.buffers[0].shape[1])
+        out = torch.empty((rows, room, *vector), dtype=self.dtype, device=x.codes.device)[:, :tokens]
+        read_out(x, out)
+        return out
 
     def _held(self, rows: slice, tokens: slice) -> tuple[EightBit, EightBit]:
         assert self.buffers is not None
         k, k_scales, v, v_scales, spots = (x[rows, tokens] for x in self.buffers)
-        return EightBit(k, k_scales, spots, self._bias), EightBit(v, v_scales)
+        return EightBit(k, k_scales, spots, self.bias), EightBit(v, v_scales)
 
-    def room(self) -> tuple[EightBit, EightBit]:
+    def forms(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Form]:
+        """See `Store`: codes and scales do not depend on `dtype`."""
+        codes = Form(CODES[self.kind], (kv_heads, head_dim))
+        scales = Form(torch.float32, (kv_heads, 1))
+        spots = Form(torch.int32, ())
+        return {"keys": codes, "key_scales": scales, "values": codes, "value_scales": scales, "spots": spots}
+
+    def room(self, blocks: torch.Tensor | None = None) -> tuple[EightBit, EightBit]:
         """See `KeyValues`. The buffers."""
         return self._held(ALL_ROWS, ALL_ROWS)
 
     def size(self) -> tuple[int, torch.dtype]:
         """See `KeyValues`."""
-        return self.length, self.dtype
+        assert self.buffers is not None
+        return self.buffers[0].shape[1], self.dtype
 
     def adopt(self, which: int, taken: torch.Tensor | None) -> None:
         """Refuse tensors of others: quantised keys and values are none that could be exchanged."""

@@ -12,10 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from qwen_longctx import settings_of
 from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict, Unsupported
+from qwen_longctx.geometry.rotary import RotaryTables
 from qwen_longctx.kv import saved
 from qwen_longctx.kv.eight_bit import EightBitStore, Turning
+from qwen_longctx.kv.host import HostStore, Staging, is_apart
 from qwen_longctx.kv.sequence import Sequence, follow_rows, forget
 from qwen_longctx.kv.store import Store, Tensors
+from qwen_longctx.ops import eight_bit
 
 _MOST = 1 << 40  # tokens: no machine holds more, and sizes in bytes stay within 64 bits
 _OURS = "dual_chunk"  # in what an update is given beside keys and values: the patched attention calls
@@ -30,13 +33,24 @@ class LongContextLayer(DynamicLayer):
     ----------
     capacity : int
         Tokens to make room for at once; 0 if unknown.
-    kind : {"device", "fp8", "int8"}
+    kind : {"device", "fp8", "int8", "host"}
         As of `LongContextCache`.
+    staging : Staging, optional
+        For layers on the host: what the layers of the cache share.
     """
 
-    def __init__(self, capacity: int = 0, kind: str = "device") -> None:
-        self.store = Store(capacity) if kind == "device" else EightBitStore(kind, capacity)
+    def __init__(self, capacity: int = 0, kind: str = "device", staging: Staging | None = None) -> None:
+        self.store = EightBitStore(kind, capacity) if kind in eight_bit.KINDS else Store(capacity)
+        self._staging = (staging or Staging()) if kind == "host" else None
         super().__init__()
+
+    def _place(self, device: torch.device) -> None:
+        """An empty layer that is to be on the host gets the store for tokens of a device: on the CPU, any other one."""
+        if self._staging is None or self.store.length:
+            return
+        apart = is_apart(device)
+        if apart != isinstance(self.store, HostStore):
+            self.store = HostStore(self._staging, self.store.capacity) if apart else Store(self.store.capacity)
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -55,9 +69,8 @@ class LongContextLayer(DynamicLayer):
         self._adopt(1, value)
 
     def _view(self, which: int) -> torch.Tensor | None:
-        if self.store.buffers is None:
-            return None
-        return self.store.segment(0, self.store.length)[which].transpose(1, 2)
+        held = self.store.whole()
+        return None if held is None else held[which].transpose(1, 2)
 
     def _adopt(self, which: int, value: torch.Tensor | None) -> None:
         """Take what transformers assigns, offloaded tensors for example, as a full buffer."""
@@ -66,6 +79,7 @@ class LongContextLayer(DynamicLayer):
     def lazy_initialization(self, key_states: torch.Tensor, *args: Any) -> None:
         """Take the room: `key_states` of shape (batch, kv_heads, tokens, head_dim) gives batch, dtype and device."""
         self._refuse_eight_bit()
+        self._place(key_states.device)
         values = args[0] if args else key_states
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store.allocate(key_states.transpose(1, 2), values.transpose(1, 2))
@@ -97,6 +111,7 @@ class LongContextLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = k.dtype, k.device, True
+        self._place(k.device)
         if isinstance(self.store, EightBitStore):
             self.store.append(k, v, bias, turning)
         else:
@@ -150,11 +165,16 @@ class LongContextCache(DynamicCache):
         at most 16,384 tokens.
     observer : sparsity.observer.Observer, optional
         Is told of the stages and spans of a prefill, for measurements.
-    kv_cache : {"device", "fp8", "int8"}
-        How keys and values are held: as they are, or in 8 bits.
+    kv_cache : {"device", "auto", "fp8", "int8", "host"}
+        How keys and values are held: as they are, in 8 bits, or in the memory of the host, from where they come up to
+        the device a layer at a time; `keys` and `values` of layers are then on the host. "auto" is decided by the first
+        call of a patched model that fills the cache, see ``docs/memory.md``, and is "device" where nothing is known of
+        the memory.
 
     Attributes
     ----------
+    kv_cache : str
+        As above; "auto" only until the kind is decided.
     qwen_longctx : Sequence
         What is known of the sequence beside its keys and values.
 
@@ -166,13 +186,20 @@ class LongContextCache(DynamicCache):
 
     def __init__(self, capacity: int = 0, observer: Any = None, kv_cache: str = "device") -> None:
         _check_capacity(capacity)
-        if not isinstance(kv_cache, str) or kv_cache not in KV_CACHES:
-            raise InvalidValue(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {kv_cache!r}")
-        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache))
+        if not isinstance(kv_cache, str) or kv_cache not in ("auto", *KV_CACHES):
+            raise InvalidValue(f"kv_cache must be one of auto, {', '.join(KV_CACHES)}, got {kv_cache!r}")
+        self._staging = Staging()
+        Cache.__init__(self, layer_class_to_replicate=partial(LongContextLayer, capacity, kv_cache, self._staging))
         self.kv_cache = kv_cache
         self.capacity = capacity
         self.qwen_longctx = Sequence()
         self.observer = observer
+
+    def settle(self, kind: str) -> None:
+        """Decide the kind of a cache of kind "auto"; of others nothing changes."""
+        if self.kv_cache == "auto":
+            self.layer_class_to_replicate = partial(LongContextLayer, self.capacity, kind, self._staging)
+            self.kv_cache = kind
 
     @property
     def sparse_state(self) -> Any:
@@ -192,6 +219,7 @@ class LongContextCache(DynamicCache):
         PatchConflict
             The cache holds keys of a patched model.
         """
+        self.settle("device")
         if layer_idx == 0 and self.get_seq_length() == 0:
             forget(self)
         _refuse_stock(min(self.qwen_longctx.length, self.get_seq_length()))
@@ -206,6 +234,7 @@ class LongContextCache(DynamicCache):
         turning: Turning | None = None,
     ) -> Store:
         """Append to one layer in the layout of its store, as the patched attention does; see `EightBitStore.append`."""
+        self.settle("device")
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())
         return self.layers[layer].append(k, v, bias, turning)
@@ -214,9 +243,10 @@ class LongContextCache(DynamicCache):
         """What the prefill cost and what it kept.
 
         Tokens, seconds, tokens per second and peak memory in bytes (0 without CUDA) of the prefills of this cache, the
-        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall
-        and the recall of its worst head. All of it counts what was done: every turn since the cache was empty, also
-        tokens that were cropped since, but neither tokens that were generated nor drafts.
+        density of sparse prefill (1 if it was dense) and, for every layer that was sparse, its density, mean recall,
+        the recall of its worst head, and the share of spans and heads on which recall was measured. All of it counts
+        what was done: every turn since the cache was empty, also tokens that were cropped since, but neither tokens
+        that were generated nor drafts.
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
@@ -250,17 +280,15 @@ class LongContextCache(DynamicCache):
         """
         if not all(isinstance(layer, LongContextLayer) for layer in self.layers):
             raise Unsupported("only layers of LongContextCache can be saved: fill a new LongContextCache")
-        if self.kv_cache != "device":
-            raise Unsupported(
-                f'a cache of kind "{self.kv_cache}" cannot be saved: prefill the prefix with kv_cache="device"'
-            )
         saved.write(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, model: Any, capacity: int = 0) -> LongContextCache:
-        """A new cache that holds the prefix saved in a folder.
+        """A new cache that holds the prefix saved in a folder, of the kind (`kv_cache`) that was saved.
 
-        Keys and values are copied once, from the mapped file to the device of their layer, and checked on the way.
+        Keys and values, or their 8 bits, are copied once, from the mapped file to where they are held, and checked on
+        the way. Keys and values as they are lie on the host if the setting `kv_cache` of the model says "host", and
+        else on the devices, wherever they were saved from.
 
         Parameters
         ----------
@@ -376,10 +404,12 @@ def append(
     return _append(cache, k, v, layer, cache_position, bias, turning)
 
 
-def write(cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor) -> Store:
-    """Put a token of every row into one layer where the device says, see `Store.write`."""
+def write(
+    cache: LongContextCache, k: torch.Tensor, v: torch.Tensor, layer: int, slot: torch.Tensor, tables: RotaryTables
+) -> Store:
+    """Rotate the key of a token of every row and put it into one layer where the device says, see `Store.write`."""
     store = cache.layers[layer].store
-    store.write(k, v, slot)
+    store.write(k, v, slot, tables.keys, tables.spots)
     return store
 
 

@@ -1,7 +1,8 @@
 """Saved prefixes: a cache as one safetensors file in a folder, written as a whole and checked as it is read.
 
-The file holds the keys and values of every layer, what sparse prefill recalled, and in its metadata a JSON text: the
-model's fingerprint, the settings, where rows begin, and a CRC-32 of every tensor. The text has a CRC-32 of its own.
+The file holds what the cache holds of every layer (keys and values, or their 8 bits with scales, spots and the bias
+that keys lack) and what sparse prefill recalled; in its metadata a JSON text says the kind of the cache, the model's
+fingerprint, the settings, where rows begin, and a CRC-32 of every tensor. The text has a CRC-32 of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen_longctx.config import Geometry, LongContextConfig, Sparse
+from qwen_longctx.checkpoint import Shape
+from qwen_longctx.config import KV_CACHES, Geometry, LongContextConfig, Sparse
 from qwen_longctx.errors import DoesNotFit, InvalidType, InvalidValue, MissingFile, PatchConflict, Unsupported
 from qwen_longctx.files import check_writable, is_leftover, remove_leftovers, replacing
 from qwen_longctx.geometry.layout import Origin
@@ -27,28 +29,46 @@ from qwen_longctx.kv.fingerprint import base_of, differences, fingerprint
 from qwen_longctx.kv.sequence import ModelRef, Sequence, Written, origins_of
 from qwen_longctx.kv.store import STEP, Store
 from qwen_longctx.ops.device import device_of
+from qwen_longctx.ops.eight_bit import TILE, KeyBias
 from qwen_longctx.sparsity.record import DenseRecord, SpanRecord, SparseState
 
 FILE_NAME = "prefix.safetensors"
-_VERSION = 1
+_VERSION = 2
+_KNOWN = (1, 2)  # the first knew no kinds of caches but "device"
 _ABOUT, _CHECK = "qwen_longctx_prefix", "qwen_longctx_prefix_crc32"
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {**_DTYPES, torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8"}  # of all that caches hold
 _RECALL, _BUDGETS = "sparse.recall", "sparse.budgets"
+_BIAS = ("bias.vector", "bias.tile", "bias.turns")  # of a `KeyBias`, whose scaling is a number
 _SPARSE = (*(part.name for part in fields(Sparse)), "prefill_chunk_size")  # count where a prefix is sparse
 _PIECE = 1 << 24  # bytes that are checked and copied at a time: they stay in the processor's cache
 _THREADS = 8
 _LONGEST_HEADER = 100_000_000  # bytes, of the format
 
 
+Parts = list[torch.Tensor] | tuple[torch.Tensor, ...]  # of a tensor, following one another along its tokens
+
+
 class _Tensor(NamedTuple):
     """A tensor that goes into a file; `size` is in bytes."""
 
     name: str
-    tensor: torch.Tensor
+    parts: Parts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
 
     @property
     def size(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def shape(self) -> list[int]:
+        shape = list(self.parts[0].shape)
+        tokens = min(1, len(shape) - 1)
+        shape[tokens] = sum(part.shape[tokens] for part in self.parts)
+        return shape
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -71,7 +91,7 @@ def write(cache: Any, folder: Any) -> None:
         file.write(_header(tensors, about, checksums))
         for one in tensors:
             checksum = 0
-            for piece in _pieces(one.tensor):
+            for piece in _pieces(one.parts):
                 content = _bytes(piece.detach().cpu().contiguous())
                 checksum = zlib.crc32(content, checksum)
                 file.write(content)
@@ -86,9 +106,9 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
     length = _whole_length(cache, state)
     writer = _writer(state, length)
     stores: list[Store] = [layer.store for layer in cache.layers]
-    keys, _ = stores[0].segment(0, length)
-    if keys.dtype not in _DTYPES:
-        raise Unsupported(f"keys of {keys.dtype} cannot be saved: fill the cache in {', '.join(map(str, _DTYPES))}")
+    _, dtype = stores[0].size()
+    if dtype not in _DTYPES:
+        raise Unsupported(f"keys of {dtype} cannot be saved: fill the cache in {', '.join(map(str, _DTYPES))}")
     base = writer.model()
     if base is None:
         raise PatchConflict(
@@ -96,16 +116,23 @@ def _contents(cache: Any) -> tuple[list[_Tensor], dict[str, Any]]:
             "model is deleted, and not from a pickled cache"
         )
     recall, budgets, record = _record(state.sparse)
-    tensors = [_Tensor(_RECALL, recall), _Tensor(_BUDGETS, budgets)]  # the widest numbers first: they stay aligned
-    for number, store in enumerate(stores):
-        held = store.segment(0, length)
-        tensors += [_Tensor(name, tensor) for name, tensor in zip(_names(number), held, strict=True)]
+    shape = Shape.of(base.config)
+    tensors = [_Tensor(_RECALL, [recall]), _Tensor(_BUDGETS, [budgets])]
+    biases = [getattr(store, "bias", None) for store in stores]
+    for number, (store, bias) in enumerate(zip(stores, biases, strict=True)):
+        names = store.forms(shape.kv_heads, shape.head_dim, dtype)
+        tensors += [_Tensor(_name(number, name), x) for name, x in zip(names, store.parts(length), strict=True)]
+        if bias is not None:
+            tensors += [_Tensor(_name(number, name), [x]) for name, x in zip(_BIAS, bias[:-1], strict=True)]
+    tensors.sort(key=lambda one: -one.dtype.itemsize)  # the widest numbers first: they stay aligned
     about = {
         "version": _VERSION,
         "length": length,
-        "rows": keys.shape[0],
+        "kv_cache": "device" if cache.kv_cache == "host" else cache.kv_cache,  # the same numbers
+        "rows": stores[0].parts(length)[0][0].shape[0],
         "layers": len(stores),
-        "dtype": str(keys.dtype),
+        "dtype": str(dtype),
+        "scalings": [None if bias is None else bias.scaling for bias in biases],
         "origins": origins_of(cache),
         "settings": _plain(writer.settings),
         "model": fingerprint(base),
@@ -214,8 +241,7 @@ def _header(tensors: list[_Tensor], about: dict[str, Any], checksums: dict[str, 
     start = 0
     for one in tensors:
         stop = start + one.size
-        kind = _DTYPES[one.tensor.dtype]
-        header[one.name] = {"dtype": kind, "shape": list(one.tensor.shape), "data_offsets": [start, stop]}
+        header[one.name] = {"dtype": _NAMES[one.dtype], "shape": one.shape, "data_offsets": [start, stop]}
         start = stop
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
@@ -227,15 +253,16 @@ def _header(tensors: list[_Tensor], about: dict[str, Any], checksums: dict[str, 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read(make: Callable[[int], Any], folder: Any, model: Any, settings: LongContextConfig, capacity: int) -> Any:
-    """Load a cache, which ``make(capacity)`` makes. See `LongContextCache.load`."""
+def read(make: Callable[..., Any], folder: Any, model: Any, settings: LongContextConfig, capacity: int) -> Any:
+    """Load a cache, which ``make(capacity, kv_cache=kind)`` makes. See `LongContextCache.load`."""
     base = base_of(model)
     path = _found(folder)
     try:
         with safe_open(path, framework="pt") as file:
             about = _about(file, path)
             _check(about, base, settings, path)
-            cache = make(max(capacity, about["length"] + STEP))
+            kind = "host" if (about["kv_cache"], settings.kv_cache) == ("device", "host") else about["kv_cache"]
+            cache = make(max(capacity, about["length"] + STEP), kv_cache=kind)
             _fill(cache, file, about, base, path)
             recall, budgets = (_checked(file, name, about, path) for name in (_RECALL, _BUDGETS))
     except (SafetensorError, OSError) as error:
@@ -278,9 +305,17 @@ def _about(file: Any, path: Path) -> dict[str, Any]:
     if metadata.get(_CHECK) != _crc(text):
         raise InvalidValue(f"{path} is damaged: its metadata do not have their checksum. Save the prefix again")
     about = json.loads(text)
-    if about["version"] != _VERSION:
+    if about["version"] not in _KNOWN:
         raise InvalidValue(
-            f"{path} has version {about['version']} of the format, this release knows {_VERSION}: save the prefix again"
+            f"{path} has version {about['version']} of the format, this release knows "
+            f"{' and '.join(map(str, _KNOWN))}: save the prefix again"
+        )
+    if about["version"] == 1:
+        about |= {"kv_cache": "device", "scalings": [None] * about["layers"]}
+    if about["kv_cache"] not in KV_CACHES:
+        raise InvalidValue(
+            f"{path} holds a cache of kind {about['kv_cache']!r}, this release knows {', '.join(KV_CACHES)}: save the "
+            "prefix again"
         )
     return about
 
@@ -312,47 +347,72 @@ def _other_settings(saved: dict[str, Any], settings: LongContextConfig, sparse: 
 
 def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -> None:
     """Copy keys and values from the mapped file to the devices of their layers, and check them on the way."""
+    shape, dtype = Shape.of(base.config), {str(dtype): dtype for dtype in _DTYPES}[about["dtype"]]
+    forms = cache.layer_class_to_replicate().store.forms(shape.kv_heads, shape.head_dim, dtype)
+    cells = about["rows"], about["length"]
     jobs = []
     for number in range(about["layers"]):
-        held = [_mapped(file, name, about, path) for name in _names(number)]
-        store = _allocated(cache, number, held, device_of(base.layers[number]), path)
-        jobs += list(zip(_names(number), held, store.buffers or (), strict=True))
-    length = about["length"]
+        names = [_name(number, part) for part in forms]
+        held = [
+            _mapped(file, name, (*cells, *form.shape), form.dtype, path)
+            for name, form in zip(names, forms.values(), strict=True)
+        ]
+        device = device_of(base.layers[number])
+        bias = _bias(file, number, shape, dtype, about, path)
+        try:
+            store = _allocated(cache, number, shape, dtype, about["rows"], device)
+            if bias is not None:
+                store.bias = bias.to(device)
+        except torch.OutOfMemoryError as error:
+            size = sum(x.nbytes for x in held)
+            raise DoesNotFit(
+                f"the prefix in {path.parent} does not fit on {device}: keys and values of a layer take {size:,} "
+                f"bytes, and layer {number} found no room. Free memory there, or spread the model over several devices"
+            ) from error
+        jobs += list(zip(names, held, store.parts(about["length"]), strict=True))
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
-        found = pool.map(lambda job: _crc_of(job[1], job[2][:, :length]), jobs)
+        found = pool.map(lambda job: _crc_of(job[1], job[2]), jobs)
         for (name, *_), checksum in zip(jobs, found, strict=True):
             _compare(checksum, name, about, path)
     finally:
         pool.shutdown(cancel_futures=True)
     for layer in cache.layers:
-        layer.store.length = length
+        layer.store.length = about["length"]
 
 
-def _allocated(cache: Any, number: int, held: list[torch.Tensor], device: torch.device, path: Path) -> Store:
-    """The store of a layer on its device, with room for keys and values such as `held` and still empty."""
-    try:
-        keys, values = (x.new_empty((x.shape[0], 0, *x.shape[2:]), device=device) for x in held)
-        return cache.append(keys, values, number)
-    except torch.OutOfMemoryError as error:
-        size = sum(x.numel() * x.element_size() for x in held)
-        raise DoesNotFit(
-            f"the prefix in {path.parent} does not fit on {device}: keys and values of a layer take {size:,} bytes, "
-            f"and layer {number} found no room. Free memory there, or spread the model over several devices"
-        ) from error
+def _allocated(cache: Any, number: int, shape: Shape, dtype: torch.dtype, rows: int, device: torch.device) -> Any:
+    """The store of a layer on its device, with room for tokens and still empty."""
+    none = torch.empty((rows, 0, shape.kv_heads, shape.head_dim), dtype=dtype, device=device)
+    return cache.append(none, none, number)
 
 
-def _mapped(file: Any, name: str, about: dict[str, Any], path: Path) -> torch.Tensor:
+def _bias(
+    file: Any, number: int, shape: Shape, dtype: torch.dtype, about: dict[str, Any], path: Path
+) -> KeyBias | None:
+    """What all keys of a layer lack, on the host."""
+    scaling = about["scalings"][number]
+    if scaling is None:
+        return None
+    heads, dim = shape.kv_heads, shape.head_dim
+    forms = ((heads, dim), torch.float32), ((heads, TILE, dim), dtype), ((dim // 2,), torch.float64)
+    names = [_name(number, part) for part in _BIAS]
+    for name, form in zip(names, forms, strict=True):
+        _mapped(file, name, *form, path)
+    vector, tile, turns = (_checked(file, name, about, path) for name in names)
+    return KeyBias(vector, tile, turns, scaling)
+
+
+def _mapped(file: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> torch.Tensor:
     """A tensor of the mapped file, of which nothing has been read yet."""
     try:
         tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise InvalidValue(f"{path} is damaged: it lacks {name}. Save the prefix again") from error
-    wanted = about["rows"], about["length"]
-    if tensor.shape[:2] != wanted or str(tensor.dtype) != about["dtype"]:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise InvalidValue(
-            f"{path} is damaged: {name} is {str(tensor.dtype)} of shape {tuple(tensor.shape)}, and should be "
-            f"{about['dtype']} of {wanted[0]} rows and {wanted[1]} tokens. Save the prefix again"
+            f"{path} is damaged: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and should be {dtype} of "
+            f"shape {shape}. Save the prefix again"
         )
     return tensor
 
@@ -372,13 +432,13 @@ def _compare(checksum: str, name: str, about: dict[str, Any], path: Path) -> Non
         )
 
 
-def _crc_of(source: torch.Tensor, target: torch.Tensor | None = None) -> str:
-    """The CRC-32 of a tensor on the host, which is copied to `target` on the way: the file is read once."""
+def _crc_of(source: torch.Tensor, targets: Parts = ()) -> str:
+    """The CRC-32 of a tensor on the host, which is copied to `targets` on the way: the file is read once."""
     checksum = 0
-    copies = iter(()) if target is None else _pieces(target)
-    for piece in _pieces(source):
+    copies = _pieces(targets)
+    for piece in _pieces(source.split([part.shape[1] for part in targets], 1) if targets else (source,)):
         checksum = zlib.crc32(_bytes(piece), checksum)
-        if target is not None:
+        if targets:
             next(copies).copy_(piece)
     return f"{checksum:08x}"
 
@@ -386,8 +446,8 @@ def _crc_of(source: torch.Tensor, target: torch.Tensor | None = None) -> str:
 # --- both ---------------------------------------------------------------------------------------------------------
 
 
-def _names(layer: int) -> tuple[str, str]:
-    return f"layers.{layer}.keys", f"layers.{layer}.values"
+def _name(layer: int, part: str) -> str:
+    return f"layers.{layer}.{part}"
 
 
 def _plain(settings: LongContextConfig) -> dict[str, Any]:
@@ -395,15 +455,15 @@ def _plain(settings: LongContextConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=str))
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor in its order, piece by piece; each lies in one stretch of memory if a row does."""
-    if tensor.ndim == 1:
-        yield tensor
+def _pieces(parts: Parts) -> Iterator[torch.Tensor]:
+    """A tensor that is given in parts, in its order and piece by piece; each lies in one stretch if a row does."""
+    if not parts or parts[0].ndim == 1:
+        yield from parts
         return
-    width = tensor[0, :1].numel() * tensor.element_size()
-    step = max(1, _PIECE // max(1, width))
-    for row in tensor:
-        yield from row.split(step)
+    step = max(1, _PIECE // max(1, parts[0][0, :1].nbytes))
+    for rows in zip(*parts, strict=True):
+        for row in rows:
+            yield from row.split(step)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

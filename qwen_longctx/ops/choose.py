@@ -1,7 +1,9 @@
 """Which blocks of keys a decoding step attends to, chosen on the device from means of keys.
 
 Three launches: logits of all means with the log-sum-exp of every tile of them; from these, scores of the blocks; and
-from the scores, lists. Nothing waits for the device, and nothing is compiled anew while a sequence grows.
+from the scores, lists. Nothing waits for the device, and nothing is compiled anew while a sequence grows. The device
+says how long a row is, too: launches are cut for all keys for which there is room, and programs beyond the last key end
+at once.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ _MOST_ROWS = 32  # packed query rows of a tile of the logits
 _ROW_BYTES = 1 << 14  # of them: with the means they fit the shared memory of every device
 _POOLED = 8192  # logits of a tile of the scores
 _PARTS = 128  # tiles of the logits whose sums are joined at a time
-_LISTED = 4096  # blocks at a time of the lists
+_LISTED = 8192  # blocks at a time of the lists, up to 1023 times
+_WARPS_LISTED = 16
+_ROWS_A_WARP = 4  # packed query rows of the logits
 
 
 def choose(
-    q: torch.Tensor, means: torch.Tensor, reach: Reach, length: int, count: int, *, scale: float, newest: int
+    q: torch.Tensor, means: torch.Tensor, reach: Reach, room: int, count: int, *, scale: float, newest: int
 ) -> torch.Tensor:
     """The `count` blocks of `ops.decode.BLOCK` keys that score best, for each row and KV head.
 
@@ -34,7 +38,8 @@ def choose(
     takes a softmax over all means whose keys come after the first that it attends to. A mean counts as the query that
     wants it most, among the new tokens and the heads of a group, and a block scores the sum of its means. The block in
     which a row begins, the one after it, and those of the newest keys are kept always, as far as `count` reaches. What
-    is not a number scores zero.
+    is not a number scores zero. A row ends with the last key that any of its queries attends to; blocks beyond it are
+    listed only where `count` is more than the blocks before.
 
     Parameters
     ----------
@@ -42,12 +47,12 @@ def choose(
         Shape (batch, tokens, heads, head_dim), not rotated.
     means : torch.Tensor
         Shape (batch, means, kv_heads, head_dim) of the dtype of `q`: of every `MEAN` keys from index 0 of the cache.
-        Those beyond `length` are ignored and may hold anything.
+        Those with keys beyond the last of their row are ignored and may hold anything.
     reach : Reach
-    length : int
-        Keys in the cache.
+    room : int
+        Keys for which there is room in the cache.
     count : int
-        At most the blocks of the cache.
+        At most the blocks for which there is room.
     scale : float
         Softmax scale without the attention temperature.
     newest : int
@@ -59,11 +64,13 @@ def choose(
         Shape (batch, kv_heads, count), int32, in rising order. Sums run in float32 at least.
     """
     if uses_triton(q, means) and takes_head_dim(q.shape[3]):
-        return choose_triton(q, means, reach, length, count, scale=scale, newest=newest)
+        return choose_triton(q, means, reach, room, count, scale=scale, newest=newest)
     exact = torch.promote_types(q.dtype, torch.float32)
-    means = cast(means[:, : length // MEAN], exact)
+    means = cast(means, exact)
     start, stop = reach.ranges.unbind(-1)  # (batch, tokens, segments)
-    begins = start.masked_fill(start >= stop, length).amin(2)  # (batch, tokens)
+    empty = start >= stop
+    length = stop.masked_fill(empty, 0).amax((1, 2))[:, None]  # (batch, 1)
+    begins = torch.minimum(start.masked_fill(empty, room).amin(2), length)  # (batch, tokens)
     first = torch.arange(0, means.shape[1] * MEAN, MEAN, device=q.device)
     inside = (first + MEAN > start[..., None]) & (first + MEAN <= stop[..., None])  # the last key of a mean
     inside = (inside & (first >= begins[..., None, None]))[:, None, None]  # (batch, 1, 1, tokens, segments, means)
@@ -75,29 +82,31 @@ def choose(
         logits = some.where(inside[..., segment, :], logits)
     shares = logits.softmax(-1).nan_to_num(0.0).amax((2, 3))  # (batch, kv_heads, means)
     begins = begins.amin(1, keepdim=True) // BLOCK
-    block = torch.arange(-(-length // BLOCK), device=q.device)
+    block = torch.arange(-(-room // BLOCK), device=q.device)
     per_block = BLOCK // MEAN
     shares = torch.nn.functional.pad(shares, (0, len(block) * per_block - shares.shape[2]))
     always = (block >= begins) & (block <= begins + 1) | (block * BLOCK + BLOCK > length - newest)
     scores = shares.unflatten(2, (-1, per_block)).sum(3).masked_fill(always[:, None], _ALWAYS)
+    scores = scores.masked_fill((block * BLOCK >= length)[:, None], 0.0)
+    scores = scores.masked_fill((block * BLOCK >= length.clamp(min=count * BLOCK))[:, None], -1.0)
     return scores.topk(count, -1, sorted=False).indices.sort(-1).values.to(torch.int32)
 
 
 @on_its_device
 def choose_triton(
-    q: torch.Tensor, means: torch.Tensor, reach: Reach, length: int, count: int, *, scale: float, newest: int
+    q: torch.Tensor, means: torch.Tensor, reach: Reach, room: int, count: int, *, scale: float, newest: int
 ) -> torch.Tensor:
     """See `choose`. Among blocks of one score the earlier are taken."""
     batch, tokens, heads, head_dim = q.shape
     kv_heads = means.shape[2]
     group = heads // kv_heads
-    rows, owners, known, blocks = tokens * group, batch * kv_heads, length // MEAN, -(-length // BLOCK)
+    rows, owners, blocks = tokens * group, batch * kv_heads, -(-room // BLOCK)
     chosen = torch.empty((batch, kv_heads, count), dtype=torch.int32, device=q.device)
     if chosen.numel() == 0:
         return chosen
     q, means = (x if x.stride(3) == 1 else x.contiguous() for x in (q, means))
     cos, sin, ranges, heat, _ = reach
-    tiles = max(1, -(-known // _TILE))
+    tiles = max(1, -(-means.shape[1] // _TILE))
     logits = torch.empty((owners * rows, tiles * _TILE), dtype=torch.float32, device=q.device)
     lses = torch.empty((owners * rows, tiles), dtype=torch.float32, device=q.device)
     scores = torch.empty((owners, blocks), dtype=torch.float32, device=q.device)
@@ -119,7 +128,7 @@ def choose_triton(
         cos.stride(2),
         tokens,
         kv_heads,
-        known,
+        means.shape[1],
         scale * math.log2(math.e),
         MEAN=MEAN,
         GROUP=group,
@@ -127,7 +136,7 @@ def choose_triton(
         DIM=dim,
         ROWS=at_once,
         MEANS=_TILE,
-        num_warps=at_once // 4,
+        num_warps=at_once // _ROWS_A_WARP,
         num_stages=1,
     )
     room = triton.next_power_of_2(rows)
@@ -141,8 +150,7 @@ def choose_triton(
         kv_heads,
         tiles,
         blocks,
-        length,
-        length - newest,
+        newest,
         GROUP=group,
         ROOM=room,
         PARTS=_PARTS,
@@ -153,20 +161,40 @@ def choose_triton(
         ALWAYS=_ALWAYS,
         num_warps=4,
     )
-    _best_blocks[(owners,)](scores, chosen, blocks, count, WIDTH=_LISTED, num_warps=16)
+    _best_blocks[(owners,)](
+        scores, ranges, chosen, tokens, kv_heads, blocks, count, BLOCK=BLOCK, WIDTH=_LISTED, num_warps=_WARPS_LISTED
+    )
     return chosen
 
 
-@triton.jit(do_not_specialize=("ranges", "tokens", "kv_heads", "known"))  # `ranges` is a view that lies at any address
+@triton.jit
+def _row(ranges, batch, tokens):  # type: ignore[no-untyped-def]
+    """The first key that any query of a row attends to, and the one after the last; both 0 where there is none."""
+    begins = tl.full([], 2147483647, tl.int32)
+    length = tl.full([], 0, tl.int32)
+    for first in range(0, tokens * 3, 32):
+        number = first + tl.arange(0, 32)
+        place = ranges + (batch * tokens * 3 + number) * 2
+        start = tl.load(place, mask=number < tokens * 3, other=0)
+        stop = tl.load(place + 1, mask=number < tokens * 3, other=0)
+        begins = tl.minimum(begins, tl.min(tl.where(start < stop, start, 2147483647), 0))
+        length = tl.maximum(length, tl.max(tl.where(start < stop, stop, 0), 0))
+    return tl.minimum(begins, length), length
+
+
+@triton.jit(do_not_specialize=("ranges", "tokens", "kv_heads", "room"))  # `ranges` is a view that lies at any address
 def _mean_logits(  # type: ignore[no-untyped-def]
     q, means, cos, sin, ranges, heat, logits, lses,
     q_batch, q_token, q_head, m_batch, m_mean, m_head, t_segment, t_batch, t_token,
-    tokens, kv_heads, known, scale,
+    tokens, kv_heads, room, scale,
     MEAN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     ROWS: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     tile, owner = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (owner // kv_heads).to(tl.int64), owner % kv_heads
+    _, length = _row(ranges, batch, tokens)
+    if tile * (MEANS * MEAN) >= length:  # beyond the last key; nobody reads what belongs here
+        return
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     within = row < tokens * GROUP
     token = row // GROUP
@@ -176,7 +204,7 @@ def _mean_logits(  # type: ignore[no-untyped-def]
     heated = tl.load(heat + spot, mask=within, other=0.0) * scale
     at = tile * MEANS + tl.arange(0, MEANS)
     spots = means + batch * m_batch + kv_head * m_head + at[None, :].to(tl.int64) * m_mean + dim[:, None]
-    keys = tl.load(spots, mask=(at < known)[None, :] & real[:, None], other=0.0)
+    keys = tl.load(spots, mask=(at < room)[None, :] & real[:, None], other=0.0)
     first = at * MEAN
     begins = tl.full((ROWS,), 2147483647, tl.int32)
     for segment in tl.static_range(3):
@@ -203,7 +231,7 @@ def _mean_logits(  # type: ignore[no-untyped-def]
             some = tl.dot(rotated, keys, input_precision="ieee") * heated[:, None]
             # the last key of a mean says in which segment it lies
             here = (first[None, :] + MEAN > start[:, None]) & (first[None, :] + MEAN <= stop[:, None])
-            here = here & (first[None, :] >= begins[:, None]) & (at < known)[None, :]
+            here = here & (first[None, :] >= begins[:, None]) & (at < room)[None, :]
             result = tl.where(here, some, result)
     highest = tl.max(result, 1)
     safe = tl.where(highest == -float("inf"), 0.0, highest)
@@ -215,21 +243,27 @@ def _mean_logits(  # type: ignore[no-untyped-def]
     tl.store(lses + spot * tiles + tile, lse, mask=within)
 
 
-@triton.jit(do_not_specialize=("ranges", "tokens", "kv_heads", "tiles", "blocks", "length", "newest"))
+@triton.jit(do_not_specialize=("ranges", "tokens", "kv_heads", "tiles", "blocks", "newest"))
 def _mean_scores(  # type: ignore[no-untyped-def]
-    logits, lses, ranges, scores, tokens, kv_heads, tiles, blocks, length, newest,
+    logits, lses, ranges, scores, tokens, kv_heads, tiles, blocks, newest,
     GROUP: tl.constexpr, ROOM: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
     owner = tl.program_id(1).to(tl.int64)
+    begins, length = _row(ranges, owner // kv_heads, tokens)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    if tl.program_id(0) * (BLOCKS * BLOCK) >= length:
+        tl.store(scores + owner * blocks + block, tl.zeros((BLOCKS,), tl.float32), mask=block < blocks)
+        return
     row = tl.arange(0, ROOM)
     within = row < tokens * GROUP
     spot = owner * (tokens * GROUP) + row
     highest = tl.full((ROOM,), -float("inf"), tl.float32)
     norm = tl.zeros((ROOM,), tl.float32)
-    for begin in range(0, tiles, PARTS):
+    filled = tl.cdiv(length, TILE * (BLOCK // PER_BLOCK))  # tiles before the last key
+    for begin in range(0, filled, PARTS):
         part = begin + tl.arange(0, PARTS)
-        inside = within[:, None] & (part < tiles)[None, :]
+        inside = within[:, None] & (part < filled)[None, :]
         some = tl.load(lses + spot[:, None] * tiles + part[None, :], mask=inside, other=-float("inf"))
         higher = tl.maximum(highest, tl.max(some, 1))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
@@ -238,41 +272,42 @@ def _mean_scores(  # type: ignore[no-untyped-def]
     # nothing has a share of a row that has no means or a logit that is no number
     lse = tl.where(norm > 0, highest + tl.log2(tl.where(norm > 0, norm, 1.0)), float("inf"))
     at = tl.program_id(0) * (BLOCKS * PER_BLOCK) + tl.arange(0, BLOCKS * PER_BLOCK)
-    inside = within[:, None] & (at < tiles * TILE)[None, :]
+    inside = within[:, None] & (at < filled * TILE)[None, :]
     some = tl.load(logits + spot[:, None] * (tiles * TILE) + at[None, :], mask=inside, other=-float("inf"))
     share = tl.exp2(some - lse[:, None])
     share = tl.max(tl.where(share > 0, tl.minimum(share, 1.0), 0.0), 0)  # rounding may exceed 1
     score = tl.sum(tl.reshape(share, (BLOCKS, PER_BLOCK)), 1)
-    begins = length
-    for number in range(tokens * 3):
-        place = ranges + ((owner // kv_heads) * tokens * 3 + number) * 2
-        start = tl.load(place)
-        begins = tl.minimum(begins, tl.where(start < tl.load(place + 1), start, length))
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    always = (block >= begins // BLOCK) & (block <= begins // BLOCK + 1) | ((block + 1) * BLOCK > newest)
-    tl.store(scores + owner * blocks + block, tl.where(always, ALWAYS, score), mask=block < blocks)
+    always = (block >= begins // BLOCK) & (block <= begins // BLOCK + 1) | ((block + 1) * BLOCK > length - newest)
+    score = tl.where(always, ALWAYS, score)
+    tl.store(scores + owner * blocks + block, tl.where(block * BLOCK < length, score, 0.0), mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=("blocks", "count"))
-def _best_blocks(scores, chosen, blocks, count, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=("ranges", "tokens", "kv_heads", "room", "count"))
+def _best_blocks(  # type: ignore[no-untyped-def]
+    scores, ranges, chosen, tokens, kv_heads, room, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
     owner = tl.program_id(0).to(tl.int64)
-    scores += owner * blocks
+    _, length = _row(ranges, owner // kv_heads, tokens)
+    blocks = tl.maximum(tl.cdiv(length, BLOCK), count)
+    scores += owner * room
     chosen += owner * count
     # The largest score that `count` blocks reach, as the bits of a float32 below 2, of which there are 30: two bits at
-    # a time, by counting what reaches each of the three guesses above the lowest, 21 bits of a sum for each.
+    # a time, by counting what reaches each of the three guesses above the lowest: 10 bits of a sum for each in every
+    # lane, which sees one block of a tile, and 21 bits where lanes are joined.
     low = tl.full([], 0, tl.int32)
     above = tl.full([], 0, tl.int64)  # blocks that score more than all that begins with these bits
     for step in range(15):
         shift = 28 - 2 * step
-        sums = tl.zeros((WIDTH,), tl.int64)
+        sums = tl.zeros((WIDTH,), tl.int32)
         for first in range(0, blocks, WIDTH):
             at = first + tl.arange(0, WIDTH)
             score = tl.load(scores + at, mask=at < blocks, other=-1.0)
             bits = (score * 0.25).to(tl.int32, bitcast=True)  # none is 4 or more
-            sums += (bits >= low + (1 << shift)).to(tl.int64)
-            sums += (bits >= low + (2 << shift)).to(tl.int64) << 21
-            sums += (bits >= low + (3 << shift)).to(tl.int64) << 42
-        total = tl.sum(sums, 0)
+            sums += (bits >= low + (1 << shift)).to(tl.int32)
+            sums += (bits >= low + (2 << shift)).to(tl.int32) << 10
+            sums += (bits >= low + (3 << shift)).to(tl.int32) << 20
+        wide = (sums & 1023).to(tl.int64) | (((sums >> 10) & 1023).to(tl.int64) << 21)
+        total = tl.sum(wide | ((sums >> 20).to(tl.int64) << 42), 0)
         digit = ((total & 2097151) >= count).to(tl.int32)
         digit += (((total >> 21) & 2097151) >= count).to(tl.int32)
         digit += ((total >> 42) >= count).to(tl.int32)

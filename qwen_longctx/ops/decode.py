@@ -197,15 +197,19 @@ def split_count(programs: int, owners: int, room: int) -> int:
 
 
 @lru_cache  # asked for each layer
-def _cut(device: torch.device, itemsize: int, head_dim: int, rows: int, owners: int, room: int) -> tuple[Sizes, int]:
+def _cut(
+    device: torch.device, itemsize: int, head_dim: int, rows: int, owners: int, room: int, codes: bool
+) -> tuple[Sizes, int]:
     """Sizes for a device, and the number of splits that fills it."""
     shared, processors = _LEAST_SHARED, 1
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", shared)  # torch 2.6 does not tell
         processors = properties.multi_processor_count
-    by = sizes(shared, itemsize, head_dim, rows)
-    return by, split_count(processors * _PROGRAMS_A_PROCESSOR, owners * -(-rows // by.rows), room)
+    by, programs = sizes(shared, itemsize, head_dim, rows), _PROGRAMS_A_PROCESSOR
+    if codes and by.warps == 4:  # which need less memory and more arithmetic
+        by, programs = by._replace(warps=2, stages=min(3, by.stages)), 3
+    return by, split_count(processors * programs, owners * -(-rows // by.rows), room)
 
 
 def _padded(count: int) -> int:
@@ -237,8 +241,12 @@ def decode_triton(
     if out.numel() == 0:
         return out
     listed = 0 if blocks is None else blocks.shape[2]
-    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1])
+    codes = isinstance(k, EightBit)
+    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1], codes)
     by, splits = by or fitting, splits or filling
+    if listed and isinstance(k, EightBit) and k.bias is not None and reach.stride < by.keys:
+        k = k.numbers().to(q.dtype)  # a tile of a block would reach over three chunks
+        v = v.numbers().to(q.dtype) if isinstance(v, EightBit) else v
     k, k_scales, bias = _held(k)
     v, v_scales, _ = _held(v)
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))

@@ -15,8 +15,10 @@ E4M3 = torch.float8_e4m3fn
 MULTIPLE = 16  # `torch._scaled_mm` takes matrices whose rows and columns are a multiple of it
 NEEDED = (8, 9)  # compute capability
 _LARGEST = 448.0  # of e4m3
-_LEAST_SCALE = 1e-30  # a row of zeros is divided by it, and by no denormal, which GPUs take as zero
+LEAST_SCALE = 1e-30  # a row of zeros is divided by it, and by no denormal, which GPUs take as zero
 _WIDTH = 4096  # numbers of a row that a kernel works on at a time
+_PARTS = 8  # of so many, at most, that stay in registers
+_OF_A_THREAD = 8  # numbers of a part
 
 
 class Rows(NamedTuple):
@@ -108,7 +110,7 @@ def silu_mul_rows(gate: torch.Tensor, up: torch.Tensor) -> Rows:
 
 def _cast_rows(x: torch.Tensor) -> Rows:
     largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    scales = (largest / _LARGEST).clamp_min(_LEAST_SCALE)
+    scales = (largest / _LARGEST).clamp_min(LEAST_SCALE)
     return Rows((x / scales).to(E4M3), scales)
 
 
@@ -134,6 +136,8 @@ def _launch(x: torch.Tensor, up: torch.Tensor | None, shape: torch.Size) -> Rows
     values = torch.empty(shape, dtype=E4M3, device=x.device)
     scales = torch.empty((*shape[:-1], 1), dtype=torch.float32, device=x.device)
     if rows and width:
+        wide = min(_WIDTH, triton.next_power_of_2(width))
+        parts = triton.cdiv(width, wide)
         _rows[(rows,)](
             x,
             x if up is None else up,
@@ -143,9 +147,10 @@ def _launch(x: torch.Tensor, up: torch.Tensor | None, shape: torch.Size) -> Rows
             x.stride(0) if up is None else up.stride(0),
             width,
             GATED=up is not None,
-            LEAST=_LEAST_SCALE,
-            WIDTH=min(_WIDTH, triton.next_power_of_2(width)),
-            num_warps=8,
+            LEAST=LEAST_SCALE,
+            WIDTH=wide,
+            PARTS=parts if parts <= _PARTS else 0,
+            num_warps=max(1, wide // (32 * _OF_A_THREAD)),
         )
     return Rows(values, scales)
 
@@ -153,21 +158,69 @@ def _launch(x: torch.Tensor, up: torch.Tensor | None, shape: torch.Size) -> Rows
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     x, up, values, scales, x_row, up_row, width,
-    GATED: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr,
+    GATED: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # a row is read twice, from the cache the second time, so that it may be wider than the registers
+    # PARTS parts of a row stay in registers; 0 reads a row of any length twice, from the cache the second time
     row = tl.program_id(0).to(tl.int64)
+    x += row * x_row
+    up += row * up_row
+    values += row * width
     column = tl.arange(0, WIDTH)
-    most = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, width, WIDTH):
-        number = _numbers(x + row * x_row, up + row * up_row, start + column, width, GATED)
-        most = tl.maximum(most, tl.abs(number))
+    if PARTS == 0:
+        most = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, width, WIDTH):
+            most = tl.maximum(most, tl.abs(_numbers(x, up, start + column, width, GATED)))
+    else:
+        n0 = _numbers(x, up, column, width, GATED)
+        most = tl.abs(n0)
+        if PARTS > 1:
+            n1 = _numbers(x, up, column + WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n1))
+        if PARTS > 2:
+            n2 = _numbers(x, up, column + 2 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n2))
+        if PARTS > 3:
+            n3 = _numbers(x, up, column + 3 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n3))
+        if PARTS > 4:
+            n4 = _numbers(x, up, column + 4 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n4))
+        if PARTS > 5:
+            n5 = _numbers(x, up, column + 5 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n5))
+        if PARTS > 6:
+            n6 = _numbers(x, up, column + 6 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n6))
+        if PARTS > 7:
+            n7 = _numbers(x, up, column + 7 * WIDTH, width, GATED)
+            most = tl.maximum(most, tl.abs(n7))
     scale = tl.maximum(tl.max(most, 0) / 448.0, LEAST)
     tl.store(scales + row, scale)
-    for start in range(0, width, WIDTH):
-        spot = start + column
-        number = _numbers(x + row * x_row, up + row * up_row, spot, width, GATED)
-        tl.store(values + row * width + spot, (number / scale).to(values.dtype.element_ty), mask=spot < width)
+    if PARTS == 0:
+        for start in range(0, width, WIDTH):
+            spot = start + column
+            _put(values, _numbers(x, up, spot, width, GATED), scale, spot, width)
+    else:
+        _put(values, n0, scale, column, width)
+        if PARTS > 1:
+            _put(values, n1, scale, column + WIDTH, width)
+        if PARTS > 2:
+            _put(values, n2, scale, column + 2 * WIDTH, width)
+        if PARTS > 3:
+            _put(values, n3, scale, column + 3 * WIDTH, width)
+        if PARTS > 4:
+            _put(values, n4, scale, column + 4 * WIDTH, width)
+        if PARTS > 5:
+            _put(values, n5, scale, column + 5 * WIDTH, width)
+        if PARTS > 6:
+            _put(values, n6, scale, column + 6 * WIDTH, width)
+        if PARTS > 7:
+            _put(values, n7, scale, column + 7 * WIDTH, width)
+
+
+@triton.jit
+def _put(values, number, scale, spot, width):  # type: ignore[no-untyped-def]
+    tl.store(values + spot, (number / scale).to(values.dtype.element_ty), mask=spot < width)
 
 
 @triton.jit

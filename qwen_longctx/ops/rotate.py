@@ -7,7 +7,6 @@ import torch
 from qwen_longctx.ops.device import uses_triton
 from qwen_longctx.ops.triton_runtime import on_its_device, tl, triton
 
-_FUSED_TOKENS = 256  # for fewer, as in decode, a Triton launch costs more than the passes saved
 _ROTATED_ROWS = 32
 
 
@@ -26,9 +25,37 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     torch.Tensor
         Like `x`: ``x * cos + roll(x, head_dim / 2) * sin``.
     """
-    if x.shape[1] >= _FUSED_TOKENS and uses_triton(x):
+    if uses_triton(x):
         return rotate_triton(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def place(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    slot: torch.Tensor,
+) -> None:
+    """`rotate` the key of one token of every row, and write it and its value where the device says.
+
+    Parameters
+    ----------
+    k, v : torch.Tensor
+        Shape (batch, 1, kv_heads, head_dim), any float dtype.
+    cos, sin
+        See `rotate`.
+    buffers : tuple of torch.Tensor
+        Keys and values, shape (batch, room, kv_heads, head_dim), of the dtype of `k` and `v`.
+    slot : torch.Tensor
+        Shape (1,), int64: a number within the room.
+    """
+    if uses_triton(k, v):
+        place_triton(k, v, cos, sin, buffers, slot)
+        return
+    for buffer, new in zip(buffers, (rotate(k, cos, sin), v), strict=True):
+        buffer.index_copy_(1, slot, new)
 
 
 @on_its_device
@@ -53,6 +80,65 @@ def rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
         num_warps=4,
     )
     return out
+
+
+@on_its_device
+def place_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    slot: torch.Tensor,
+) -> None:
+    """See `place`. One launch."""
+    batch, _, heads, head_dim = k.shape
+    keys, values = buffers
+    _place[(batch * heads,)](
+        k,
+        v,
+        cos,
+        sin,
+        keys,
+        values,
+        slot,
+        k.stride(0),
+        k.stride(2),
+        v.stride(0),
+        v.stride(2),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        heads,
+        HALF=head_dim // 2,
+        DIM=triton.next_power_of_2(head_dim // 2),
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=("heads",))
+def _place(  # type: ignore[no-untyped-def]
+    k, v, cos, sin, keys, values, slot,
+    k_batch, k_head, v_batch, v_head, keys_batch, keys_token, keys_head, values_batch, values_token, values_head,
+    t_batch, heads,
+    HALF: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    at = tl.load(slot)
+    dim = tl.arange(0, DIM)
+    inside = dim < HALF
+    k += batch * k_batch + head * k_head + dim
+    first = tl.load(k, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(k + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + batch * t_batch + dim, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + batch * t_batch + dim + HALF, mask=inside, other=0.0).to(tl.float32)
+    keys += batch * keys_batch + at * keys_token + head * keys_head + dim
+    tl.store(keys, (first * c - second * s).to(keys.dtype.element_ty), mask=inside)
+    tl.store(keys + HALF, (second * c + first * s).to(keys.dtype.element_ty), mask=inside)
+    v += batch * v_batch + head * v_head + dim
+    values += batch * values_batch + at * values_token + head * values_head + dim
+    tl.store(values, tl.load(v, mask=inside, other=0.0), mask=inside)
+    tl.store(values + HALF, tl.load(v + HALF, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=("tokens", "heads"))

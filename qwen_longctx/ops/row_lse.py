@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from qwen_longctx.ops.device import uses_triton
+from qwen_longctx.ops.device import capability, uses_triton
 from qwen_longctx.ops.triton_runtime import KEYS_AT_A_TIME, LN2, ROWS_AT_A_TIME, on_its_device, tl, triton
 
 _LOGITS_AT_A_TIME = 1 << 24  # bounds the logits that exist at once
@@ -57,18 +57,26 @@ def row_logits(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale:
     return logits.masked_fill(torch.arange(k.shape[1], device=k.device) >= limits[:, None], -torch.inf)
 
 
+def rows_at_a_time(q: torch.Tensor, dim: int) -> int:
+    """Rows of `dim` numbers that a program takes: the more there are, the less often keys are read."""
+    narrow = q.is_cuda and capability(q.device) < (8, 0)  # with less shared memory
+    return ROWS_AT_A_TIME if narrow or q.element_size() * dim > 256 else 2 * ROWS_AT_A_TIME
+
+
 @on_its_device
 def row_lse_triton(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, scale: float) -> torch.Tensor:
     """See `row_lse`. Long key ranges are split, so that a few rows fill the device too."""
     batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    tiles = triton.cdiv(queries, ROWS_AT_A_TIME)
-    splits = max(1, min(triton.cdiv(keys, 4096), _PROGRAMS_WANTED // max(1, tiles * batch * heads)))
+    keys, owners = k.shape[1], k.shape[2]
+    dim = triton.next_power_of_2(head_dim)
+    rows = rows_at_a_time(q, dim)
+    tiles = triton.cdiv(queries * (heads // owners), rows)
+    splits = max(1, min(triton.cdiv(keys, 4096), _PROGRAMS_WANTED // max(1, tiles * batch * owners)))
     part = triton.cdiv(triton.cdiv(keys, splits), KEYS_AT_A_TIME) * KEYS_AT_A_TIME
     partial = torch.full((splits, batch, heads, queries), -torch.inf, dtype=torch.float32, device=q.device)
     if keys == 0:
         return partial[0]
-    _row_lse[(tiles, batch * heads, splits)](
+    _row_lse[(tiles, batch * owners, splits)](
         q,
         k,
         limits.to(torch.int32),
@@ -78,20 +86,20 @@ def row_lse_triton(q: torch.Tensor, k: torch.Tensor, limits: torch.Tensor, *, sc
         batch * heads * queries,
         queries,
         keys,
-        heads,
-        heads // k.shape[2],
+        owners,
+        heads // owners,
         part,
         scale * math.log2(math.e),
         HEAD_DIM=head_dim,
-        DIM=triton.next_power_of_2(head_dim),
-        ROWS=ROWS_AT_A_TIME,
+        DIM=dim,
+        ROWS=rows,
         KEYS=KEYS_AT_A_TIME,
-        num_warps=4,
+        num_warps=rows // 16,
     )
     return partial[0] if splits == 1 else torch.logsumexp(partial, dim=0)
 
 
-@triton.jit(do_not_specialize=("split_stride", "queries", "keys", "heads", "group", "part"))
+@triton.jit(do_not_specialize=("split_stride", "queries", "keys", "owners", "group", "part"))
 def _row_lse(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -106,7 +114,7 @@ def _row_lse(  # type: ignore[no-untyped-def]
     split_stride,
     queries,
     keys,
-    heads,
+    owners,
     group,
     part,
     scale,
@@ -115,18 +123,22 @@ def _row_lse(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    tile, owner, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, head = (owner // heads).to(tl.int64), owner % heads
+    # rows are the queries of all heads that share keys, head by head, so that keys are read for as many as possible
+    tile, place, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, owner = (place // owners).to(tl.int64), place % owners
     row = tile * ROWS + tl.arange(0, ROWS)
+    token, head = row % queries, owner * group + row // queries
+    real = row < queries * group
     dim = tl.arange(0, DIM)
-    inside = (row < queries)[:, None] & (dim < HEAD_DIM)[None, :]
     q_rows = tl.load(
-        q + batch * q_batch + row[:, None].to(tl.int64) * q_token + head * q_head + dim[None, :], mask=inside, other=0.0
+        q + batch * q_batch + token[:, None].to(tl.int64) * q_token + head[:, None] * q_head + dim[None, :],
+        mask=real[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
     )
-    limit = tl.load(limits + row, mask=row < queries, other=0)
+    limit = tl.load(limits + token, mask=real, other=0)
     start = split * part
     stop = tl.minimum(tl.minimum(start + part, keys), tl.max(limit, 0))
-    k += batch * k_batch + (head // group) * k_head
+    k += batch * k_batch + owner * k_head
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for first in range(start, stop, KEYS):
@@ -143,4 +155,5 @@ def _row_lse(  # type: ignore[no-untyped-def]
         total = total * tl.exp2(most - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
         most = higher
     result = tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), -float("inf"))
-    tl.store(lse + split * split_stride + owner.to(tl.int64) * queries + row, result * LN2, mask=row < queries)
+    place = place.to(tl.int64) * queries * group + row
+    tl.store(lse + split * split_stride + place, result * LN2, mask=real)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from qwen_longctx.checkpoint import Shape
-from qwen_longctx.config import LongContextConfig
+from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
+from qwen_longctx.kv.host import STAGED
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
 from qwen_longctx.prefill.weights import Weights, weights_of
 
 GIB = 1 << 30
+_SMALLEST_CHUNK = 1024  # tokens; smaller chunks save nothing that counts beside the KV cache
+_KINDS_IN_WORDS = {"int8": "keys and values in 8 bits", "host": "keys and values on the host"}
+_CONTAINERS = (  # of both versions of control groups: folder, limit, what is used, and what of it is idle
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,20 +33,24 @@ class Memory:
     Attributes
     ----------
     weights, kv_cache : int
+        Of a cache on the host, `kv_cache` are the buffers to which layers come up.
     activations : int
         Their peak within a prefill chunk.
     selection : int
         What choosing keys takes beside them in sparse prefill.
+    host : int
+        Keys and values of all layers in the host's memory, those of other devices included.
     """
 
     weights: int
     kv_cache: int
     activations: int
     selection: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Everything on the device together."""
         return self.weights + self.kv_cache + self.activations + self.selection
 
 
@@ -83,15 +95,26 @@ def on_fullest_card(
         part = replace(shape, layers=layers)
         if layers not in peaks:
             peaks[layers] = Prefill(part, tokens, batch, dtype, settings).peak()
-        found.append(Memory(size, kv_bytes(part, dtype, settings.kv_cache) * tokens * batch, *peaks[layers]))
+        cache, host = (
+            count(one, dtype, settings.kv_cache) * tokens * batch
+            for count, one in ((kv_bytes, part), (host_bytes, shape))
+        )
+        found.append(Memory(size, cache, *peaks[layers], host))
     return max(found, key=lambda memory: memory.total)
 
 
 def kv_bytes(shape: Shape, dtype: torch.dtype, kv_cache: str = "device") -> int:
-    """Bytes of keys and values that one token of one row leaves in a cache of a kind, see `LongContextConfig`."""
+    """Bytes on the device for keys and values of one token of one row, in a cache of a kind (`LongContextConfig`)."""
+    if kv_cache == "host":
+        shape = replace(shape, layers=min(STAGED, shape.layers))
     if kv_cache in eight_bit.KINDS:  # with a scale for each head, and where the token stands
         return shape.layers * (2 * shape.kv_heads * (shape.head_dim + 4) + 4)
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype.itemsize
+
+
+def host_bytes(shape: Shape, dtype: torch.dtype, kv_cache: str) -> int:
+    """Bytes on the host for keys and values of one token of one row, in a cache of a kind."""
+    return kv_bytes(shape, dtype) if kv_cache == "host" else 0
 
 
 def most(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -124,14 +147,19 @@ class Need(NamedTuple):
     batch : int
         Rows, beams included.
     dtype : torch.dtype
-    held, room : int
-        Tokens that the cache holds already, and those for which it has taken memory.
+    held, room, host_room : int
+        Tokens that the cache holds already, those for which it has taken memory on the device, and on the host.
     outputs, at_the_end : int
         Bytes of what the call returns that are alive beside the last chunk, and all that is after it.
     padded : bool
         Whether rows begin or end at different places.
     copied : float
-        Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow.
+        Caches of one layer that exist beside the whole cache for a moment, where rows are reordered or tensors grow. On
+        the host neither takes memory of the device.
+    own : bool
+        Whether the settings say of what kind the cache is, or the caller has brought one.
+    whole : bool
+        Whether the prompt passes in one piece, whatever the settings say.
     """
 
     tokens: int
@@ -139,10 +167,13 @@ class Need(NamedTuple):
     dtype: torch.dtype
     held: int = 0
     room: int = 0
+    host_room: int = 0
     outputs: int = 0
     at_the_end: int = 0
     padded: bool = False
     copied: float = 0.0
+    own: bool = False
+    whole: bool = False
 
     def shortened(self, tokens: int) -> Need:
         """The need of a run of fewer tokens."""
@@ -151,15 +182,89 @@ class Need(NamedTuple):
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be taken on a device; None where that is not known, as on CPUs."""
+    """Bytes that can be taken on a device; None where that is not known, as on CPUs.
+
+    No more than ``torch.cuda.set_per_process_memory_fraction`` leaves.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total) - reserved
+    return min(free, allowed) + reserved - torch.cuda.memory_allocated(index)
+
+
+def free_host_bytes() -> int | None:
+    """Bytes that this process can take of the host's memory; None where the system does not tell, as outside of Linux.
+
+    A container may have less than the machine.
+    """
+    free = [_of_meminfo(), *(_of_container(*names) for names in _CONTAINERS)]
+    return min((size for size in free if size is not None), default=None)
+
+
+def _of_meminfo() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _of_container(folder: str, limit: str, used: str, idle: str) -> int | None:
+    """What a control group leaves: files that it has read and does not need count as free."""
+    try:
+        most = int((Path(folder) / limit).read_text())
+        idle_bytes = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())[idle]
+        return max(0, most - int((Path(folder) / used).read_text()) + int(idle_bytes))
+    except (OSError, KeyError, ValueError):  # no limit is called "max"
+        return None
+
+
+def check_host_fits(shape: Shape, need: Need, settings: LongContextConfig) -> None:
+    """Raise before a run whose keys and values cannot fit into the host's memory.
+
+    Parameters
+    ----------
+    shape : Shape
+        `layers` are those whose keys and values lie on the host.
+    need : Need
+    settings : LongContextConfig
+
+    Raises
+    ------
+    MemoryError
+        With the bytes needed, the bytes free and the tokens that would fit.
+    """
+    needed, free = _needed_on_host(shape, need, settings)
+    if needed <= free:
+        return
+    fitting = need.host_room + free // (host_bytes(shape, need.dtype, settings.kv_cache) * need.batch)
+    raise DoesNotFit(
+        f"{need.batch} x {need.tokens:,} tokens need {needed / GIB:.1f} GiB {'more ' if need.host_room else ''}of host "
+        f"memory for keys and values, {free / GIB:.1f} GiB are free: {fitting:,} tokens would fit. Shorten the prompt "
+        "or max_new_tokens, or lower the number of beams"
+    )
+
+
+def _needed_on_host(shape: Shape, need: Need, settings: LongContextConfig) -> tuple[int, int]:
+    """Bytes of the host that are not taken yet, and those that are free: as many where the system does not tell."""
+    each = host_bytes(shape, need.dtype, settings.kv_cache) * need.batch
+    needed = each * max(0, need.tokens - need.host_room)
+    free = free_host_bytes() if needed else None
+    return needed, needed if free is None else free
+
+
+def _on_all(shape: Shape, devices: Sequence[Device]) -> Shape:
+    """The layers of all devices together, which share the host."""
+    return replace(shape, layers=sum(device.layers for device in devices))
 
 
 def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> None:
     """Raise before a run whose cache and activations cannot fit beside weights that are loaded already.
+
+    Where all devices have room, `check_host_fits` has the last word.
 
     Parameters
     ----------
@@ -173,15 +278,17 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
     Raises
     ------
     MemoryError
-        With the bytes needed, the bytes free and the tokens that would fit, for the device on which fewest do.
+        With the bytes needed, the bytes free and the tokens that would fit, for the device on which fewest do, and the
+        first change of settings with which all of them do.
     """
-    short = [device for device in devices if sum(_needed(shape, device, need, settings)) > device.free]
+    short = [device for device in devices if _needed(shape, device, need, settings).total > device.free]
     if not short:
+        check_host_fits(_on_all(shape, devices), need, settings)
         return
 
     def fit(device: Device) -> int:
         return most(
-            lambda n: sum(_needed(shape, device, need.shortened(n), settings)) <= device.free, 0, need.tokens - 1
+            lambda n: _needed(shape, device, need.shortened(n), settings).total <= device.free, 0, need.tokens - 1
         )
 
     tokens, device = min(((fit(one), one) for one in short), key=lambda found: found[0])
@@ -192,15 +299,105 @@ def check_fits(shape: Shape, devices: Sequence[Device], need: Need, settings: Lo
     raise DoesNotFit(
         f"{need.batch} x {need.tokens:,} tokens need {cache / GIB:.1f} GiB {more}of KV cache and about "
         f"{others / GIB:.1f} GiB of {what}{where}, {device.free / GIB:.1f} GiB are free: {tokens:,} tokens would "
-        "fit. Shorten the prompt or max_new_tokens, lower prefill_chunk_size, the number of beams or logits_to_keep, "
-        "or spread the model with device_map"
+        f"fit.{_advice(shape, devices, need, settings)} Shorten the prompt or max_new_tokens, lower "
+        "prefill_chunk_size, the number of beams or logits_to_keep, or spread the model with device_map"
     )
 
 
-def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> tuple[int, int]:
+def fits(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> bool:
+    """Whether `check_fits` lets a run pass."""
+    if any(_needed(shape, device, need, settings).total > device.free for device in devices):
+        return False
+    needed, free = _needed_on_host(_on_all(shape, devices), need, settings)
+    return needed <= free
+
+
+def fullest(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> tuple[int, Device]:
+    """Bytes needed, and the device where they exceed what is free by most or come nearest to it."""
+    needed = [(_needed(shape, device, need, settings).total, device) for device in devices]
+    return max(needed, key=lambda found: found[0] - found[1].free)
+
+
+def _advice(shape: Shape, devices: Sequence[Device], need: Need, settings: LongContextConfig) -> str:
+    """The first change of settings with which a run fits."""
+    selection = any(_peak(shape, device, need, settings).selection for device in devices)
+    for meaning, changed in changes(settings, need.tokens, selection=selection, kinds=need.own, cuts=not need.whole):
+        if fits(shape, devices, need, replace(settings, **changed)):
+            values = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+            return f" All would with patch_qwen(model, {values}): {meaning}."
+    return ""
+
+
+def changes(
+    settings: LongContextConfig,
+    tokens: int,
+    *,
+    selection: bool,
+    kinds: bool,
+    cuts: bool = True,
+    linear: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes of settings with which a run takes less, in words and by name, in the order in which they are preferred.
+
+    Smaller prefill chunks cost a little time, dense prefill costs more; then come 8 bits for keys and values, for
+    linear layers, and for both, and then what is slower than these. Each is tried with smaller chunks too.
+
+    Parameters
+    ----------
+    settings : LongContextConfig
+    tokens : int
+        Of a row.
+    selection : bool
+        Whether sparse prefill takes memory.
+    kinds, cuts, linear : bool
+        Whether the cache may be of another kind, the prompt be cut, and linear layers be of another dtype.
+    """
+    chunks = _smaller(min(settings.prefill_chunk_size, tokens)) if cuts else []
+    more = [*({"prefill_chunk_size": size} for size in chunks)]
+    yield from (("smaller prefill chunks", smaller) for smaller in more)
+    if selection:
+        yield "dense prefill", {"sparse": "off"}
+        yield from (("dense prefill in smaller chunks", {"sparse": "off", **smaller}) for smaller in more)
+    after = AUTO_KV_CACHES.index(settings.kv_cache) + 1 if settings.kv_cache in AUTO_KV_CACHES else len(AUTO_KV_CACHES)
+    others = AUTO_KV_CACHES[after:] if kinds else ()
+    eight_bit: list[tuple[str, dict[str, Any]]] = []
+    if "int8" in others:
+        eight_bit.append((_KINDS_IN_WORDS["int8"], {"kv_cache": "int8"}))
+    if linear:
+        eight_bit.append(("linear layers in 8 bits", {"linear": "fp8"}))
+    if len(eight_bit) == 2:
+        eight_bit.append(("keys, values and linear layers in 8 bits", {"kv_cache": "int8", "linear": "fp8"}))
+    slower = [(_KINDS_IN_WORDS[kind], {"kv_cache": kind}) for kind in others if kind != "int8"]
+    for meaning, changed in eight_bit + slower:
+        yield meaning, changed
+        yield from ((f"{meaning}, smaller prefill chunks", {**changed, **smaller}) for smaller in more)
+
+
+def _smaller(size: int) -> list[int]:
+    """Chunks of fewer tokens than `size`, powers of 2 from the largest on."""
+    largest = 1 << (size - 1).bit_length() - 1 if size > 1 else 0
+    return [largest >> step for step in range(largest.bit_length()) if largest >> step >= _SMALLEST_CHUNK]
+
+
+class _Needed(NamedTuple):
     """Bytes of the cache that are not taken yet, and of everything else."""
+
+    cache: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.others
+
+
+def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> _Needed:
     part = replace(shape, layers=device.layers)
     each = kv_bytes(part, need.dtype, settings.kv_cache) * need.batch
-    peak = Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()
-    copied = int(need.copied * need.tokens * each / device.layers)
-    return each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied)
+    peak = _peak(shape, device, need, settings)
+    copied = int(need.copied * need.tokens * each / device.layers) if settings.kv_cache != "host" else 0
+    return _Needed(each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied))
+
+
+def _peak(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> Peak:
+    part = replace(shape, layers=device.layers)
+    return Prefill(part, need.tokens, need.batch, need.dtype, settings, need.held, need.padded).peak()

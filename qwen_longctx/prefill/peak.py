@@ -4,10 +4,15 @@ A tensor of a chunk is counted by its numbers: `hidden` for hidden states, `quer
 queries. At its peak a layer holds, beside the embeddings of the chunk, its own input and its normed input,
 
 - in attention the queries, and for every segment of a span those rotated towards it and its result, then their merge;
+  dense attention lets go of the rotated ones of a segment before it takes up the next;
 - in the MLP the sum with the attention's output, its norm and the MLP's output, and one slice of the MLP's inside.
 
-Sparse prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen,
-its place in the mask and in the lists of a segment while they are attended to.
+A cache in 8 bits also hands out keys and values: all of a span to sparse attention, a segment's to dense. Sparse
+prefill adds the means of all keys, and for every pair of a tile and a block its score while blocks are chosen, its
+place in the mask and in the lists of a segment while they are attended to.
+
+Decoding comes when a prefill has given its activations back: it counts where it takes more than they did, as a captured
+graph does after a short prompt. Sparse decode adds means of keys too.
 """
 
 from __future__ import annotations
@@ -18,23 +23,25 @@ from typing import NamedTuple
 
 import torch
 
+from qwen_longctx.attention.choice import blocks_kept
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.positions import Span, spans
-from qwen_longctx.kv.eight_bit import AT_A_TIME
+from qwen_longctx.kv.eight_bit import room_for
 from qwen_longctx.ops import eight_bit
+from qwen_longctx.ops.choose import MEAN
 from qwen_longctx.ops.merge import MOST_FUSED, TOKENS_AT_A_TIME
 from qwen_longctx.sparsity.request import pays
 from qwen_longctx.sparsity.rules.block_scores import MEANS_A_BLOCK, POOLED_ROWS
 
 _EMBEDDINGS_INPUT_NORMED = 3  # hidden states alive while a layer attends
 _IN_MLP = 5  # the embeddings, the layer's input, its sum with the attention's output, the norm of that, the output
-_IN_FLOAT32 = 5  # of a piece of keys: their numbers, the rotated bias and its two halves, the sum
 _INSIDE_MLP = 3  # gate, up and their product
 _EXPERT_COPIES = 4  # of every token for each of its experts: chosen, projected, weighted, and put back in order
 _SCORED = 8  # bytes a pair: scores in float32, and once more as segments are joined
 _MASKED, _LISTED = 1, 4  # bytes a pair
 _WORKSPACE = 32 << 20  # that cuBLAS takes on Hopper
+GRAPH = 64 << 20  # that a captured token holds: a workspace of its own, activations, what the device needs to launch it
 _CHUNKS_LOOKED_AT = 16  # the last ones see the most keys; of so many, one is cut where it costs the most
 
 
@@ -101,7 +108,8 @@ class Prefill:
         ]
         most = max(found, key=lambda peak: peak.total)
         fixed = _WORKSPACE + 2 * 8 * self.tokens * self.batch  # token ids and mask
-        return Peak(most.activations + fixed, most.selection + self._means())
+        graph = max(0, GRAPH - most.total) if self.settings.cuda_graphs else 0
+        return Peak(most.activations + graph + fixed, most.selection + self._means())
 
     def _of_chunk(self, start: int, stop: int) -> Iterator[Peak]:
         """The moments of one layer that can be the peak."""
@@ -121,8 +129,7 @@ class Prefill:
         for span in cut:
             kinds = len(span.segments)
             done = self.batch * (span.start - start) * self._queries
-            read = self._read_out(stop)
-            yield from self._of_span(span, base + done + read, (kinds + 2) * tables)
+            yield from self._of_span(span, base + done, (kinds + 2) * tables)
 
     def _of_span(self, span: Span, base: int, tables: int) -> Iterator[Peak]:
         kinds, rows = len(span.segments), span.stop - span.start
@@ -133,10 +140,14 @@ class Prefill:
         if parts > MOST_FUSED:  # merged in float32, a slice at a time
             results += queries
             log_sums += 3 * self.batch * min(rows, TOKENS_AT_A_TIME) * self._queries * 4
-        rotated = kinds * queries
         if self.rule is None:
-            yield self._bytes(base + rotated + results, tables, log_sums)
+            for number, (_, key_start, key_stop) in enumerate(span.segments, 1):
+                read = self._read_out(key_stop - key_start)
+                yield self._bytes(base + (1 + number) * queries + read, tables, log_sums)
+            yield self._bytes(base + results, tables, log_sums)
             return
+        rotated = kinds * queries
+        base += self._read_out(span.stop)
         tile = self.settings.tile
         tiles = self.batch * self.shape.heads * -(-rows // tile)
         pairs, last = (tiles * -(-keys // tile) for keys in (span.stop, _last_segment(span)))
@@ -144,12 +155,11 @@ class Prefill:
         pooled = kinds * queries * POOLED_ROWS // tile + (queries if rows % tile else 0)
         yield self._bytes(base + rotated + pooled, tables, 0, _SCORED * pairs)
 
-    def _read_out(self, stop: int) -> int:
-        """Numbers of the keys and values of a layer that a cache in 8 bits hands out, pieces in float32 included."""
+    def _read_out(self, keys: int) -> int:
+        """Numbers of the keys and values of a layer that a cache in 8 bits hands out."""
         if self.settings.kv_cache not in eight_bit.KINDS:
             return 0
-        width = self.batch * self.shape.kv_heads * self.shape.head_dim
-        return width * (2 * stop + _IN_FLOAT32 * min(stop, AT_A_TIME) * 4 // self.dtype.itemsize)
+        return 2 * self.batch * self.shape.kv_heads * self.shape.head_dim * min(room_for(keys), self.tokens)
 
     def _inside_mlp(self, rows: int) -> int:
         """Numbers in one slice of an MLP, or in the experts, which take a chunk at once."""
@@ -159,10 +169,11 @@ class Prefill:
 
     def _means(self) -> int:
         """Bytes of the means of keys of all layers."""
-        if self.rule != "block_scores":
-            return 0
-        keys = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
-        return keys * self.tokens * self.batch * MEANS_A_BLOCK // self.settings.tile
+        share, keys = self.settings.sparse_decode, self.tokens * self.batch
+        prefill = keys * MEANS_A_BLOCK // self.settings.tile if self.rule == "block_scores" else 0
+        decode = 0 if share is None or blocks_kept(share, self.tokens) is None else keys // MEAN
+        each = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
+        return each * max(prefill, decode)
 
     def _bytes(self, numbers: int, tables: int, others: int = 0, selection: int = 0) -> Peak:
         return Peak((numbers + tables) * self.dtype.itemsize + others, selection)

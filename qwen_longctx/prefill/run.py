@@ -37,6 +37,8 @@ class Run:
         The base model.
     trusted : bool
         The call is a token of a `generate` in progress, behind others of it.
+    new_cache : bool
+        The cache was made for the call.
     """
 
     call: Call
@@ -48,6 +50,7 @@ class Run:
     sparse: Any = None
     model: Any = None
     trusted: bool = False
+    new_cache: bool = False
 
     @property
     def tokens(self) -> int:
@@ -77,8 +80,8 @@ class Run:
             tokens = self._tokens_of_prompt(state.prompt_end)
             with _recorded(state, tokens, self.device) if tokens else nullcontext():
                 yield
-        if self.sparse is not None:
-            self.sparse.state.check()
+                if self.sparse is not None:
+                    self.sparse.state.check()
 
     def _tokens_of_prompt(self, end: int | None) -> int:
         """Tokens of this call that are of a prompt, not new ones or drafts; `end` is that of the sequence's prompt."""

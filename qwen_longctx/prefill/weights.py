@@ -50,7 +50,7 @@ class Weights(NamedTuple):
         return found
 
 
-def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto") -> Weights:
+def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto", model: Any = None) -> Weights:
     """Weights of the model of a transformers config, which is built without them.
 
     Parameters
@@ -61,6 +61,8 @@ def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto") -> Weights
         Of what is not quantised.
     linear : {"auto", "fp8"}
         The setting of that name. Weights that are quantised already stay as they are.
+    model : transformers.PreTrainedModel, optional
+        What `without_weights` has built of the config.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto") -> Weights
     """
     section = getattr(config, "quantization_config", None)
     quantised = _CAST if linear == "fp8" and section is None else _Quantisation.of(section)
-    model = _without_weights(config)
+    model = without_weights(config) if model is None else model
     base = model.model
     layers = tuple(_bytes([layer], f"model.layers.{at}", dtype, quantised) for at, layer in enumerate(base.layers))
     embeddings = _bytes([base.embed_tokens], "model.embed_tokens", dtype, quantised)
@@ -80,7 +82,14 @@ def weights_of(config: Any, dtype: torch.dtype, linear: str = "auto") -> Weights
     return Weights(layers, embeddings, head)
 
 
-def _without_weights(config: Any) -> Any:
+def without_weights(config: Any) -> Any:
+    """The model of a config, on the meta device.
+
+    Raises
+    ------
+    ValueError
+        None can be built.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)

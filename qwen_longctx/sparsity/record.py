@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 from qwen_longctx.errors import NotFinite
 from qwen_longctx.sparsity.budgets import HeadBudgets
 
+NOT_MEASURED = -1.0  # no recall is negative
 _TOO_MUCH_RECALL = 1e-3  # rounding of two float32 log-sum-exps stays well below
 
 
@@ -26,6 +29,7 @@ class SpanRecord:
     kernel : str
     recall : torch.Tensor
         Shape (batch, heads): share of the dense attention that the kept keys hold, mean over the last queries.
+        `NOT_MEASURED` for heads whose turn it was not.
     kept : torch.Tensor
         Blocks kept, over all rows, heads and tiles; columns counted by their share of a block.
     pairs : int
@@ -73,16 +77,20 @@ class SparseState:
         self.dense: list[DenseRecord] = []
         self.head_budgets: HeadBudgets | None = None
         self.budgets_asked: Any = None  # for which `head_budgets` is the answer
+        self.turns: dict[int, int] = {}  # by layer: sparse spans so far, whose heads are measured in turn
         self._checked = 0
 
     def snapshot(self) -> Any:
         """This state, for `restore`. Costs no copy of a tensor: budgets and records are replaced, never changed."""
-        return {**vars(self), "budgets": dict(self.budgets), "records": list(self.records), "dense": list(self.dense)}
+        return {**vars(self), **self._copies()}
 
     def restore(self, snapshot: Any) -> None:
         """Go back to what `snapshot` returned; the snapshot can be used again."""
         vars(self).update(snapshot)
-        self.budgets, self.records, self.dense = dict(self.budgets), list(self.records), list(self.dense)
+        vars(self).update(self._copies())
+
+    def _copies(self) -> dict[str, Any]:
+        return {name: copy(getattr(self, name)) for name in ("budgets", "records", "dense", "turns")}
 
     def check(self) -> None:
         """Stop a run that has gone wrong, by the recall of the spans since the last check. One transfer to the host.
@@ -118,7 +126,8 @@ class SparseState:
     def by_layer(self) -> list[dict[str, Any]]:
         """Density of every sparse layer, and its recall: mean over spans, rows and heads, and that of the worst head.
 
-        Empty if no span was sparse.
+        "measured" is the share of spans and heads whose recall was measured; the means are of those. Empty if no span
+        was sparse.
         """
         records: dict[int, list[SpanRecord]] = defaultdict(list)
         for record in self.records:
@@ -134,12 +143,25 @@ class SparseState:
 
 
 def _summary(records: list[SpanRecord], dense_pairs: int) -> dict[str, float]:
-    heads = torch.stack([record.recall.mean(dim=0).cpu() for record in records]).mean(dim=0)
+    recall, measured = recall_of_heads(records)
+    seen = recall[measured > 0]
     return {
         "density": _density(records, dense_pairs),
-        "recall": float(heads.mean()),
-        "lowest_recall": float(heads.min()),
+        "recall": float(seen.mean()),
+        "lowest_recall": float(seen.min()),
+        "measured": float(measured.mean()),
     }
+
+
+def recall_of_heads(records: Sequence[SpanRecord]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Recall of every head of one layer, mean over rows and the spans that measured it, and the share of those spans.
+
+    Both of shape (heads,); the recall of a head that no span measured is 0.
+    """
+    every = torch.stack([record.recall.mean(dim=0).cpu() for record in records])
+    measured = every > NOT_MEASURED
+    times = measured.sum(dim=0)
+    return every.where(measured, 0).sum(dim=0) / times.clamp(min=1), times / len(records)
 
 
 def _density(records: list[SpanRecord], dense_pairs: int) -> float:

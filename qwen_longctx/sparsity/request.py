@@ -26,6 +26,9 @@ from qwen_longctx.sparsity.view import Prompt
 logger = logging.getLogger(__name__)
 
 _DENSE_TILES = 2
+# Tokens up to which measuring the recall of all heads takes less than a hundredth of the prefill, and the number of
+# spans beyond them that measure each head once
+_MEASURED_WHOLE, _TURNS = 1 << 18, 4
 # Operations of dense attention in a layer for one span, from which on choosing keys takes less time than it saves. On
 # an H100 choosing costs the host some 6 ms a span and layer: too much for a 0.5B at 65,536 tokens (2.9e12), and worth
 # it for the same at 131,072 (5.8e12) and for a 7B at 32,768 (7.7e12)
@@ -86,9 +89,23 @@ class Request:
         # budgets that an earlier prompt steered do not hold where nothing is steered
         return None if self.recall_target is None else self.state.budgets.get((self.name, layer))
 
+    def measured(self, layer: int, stop: int, kv_heads: int) -> slice:
+        """KV heads whose queries a span that ends at `stop` measures recall for: all, or on long prompts some in turn.
+
+        Measuring reads all keys before the span. Any `_TURNS` spans of a layer in a row that begin with a multiple of
+        it measure every head, and so do the spans of one row where rows of a batch take turns.
+        """
+        turns = min(_TURNS, kv_heads)
+        count = self.state.turns.get(layer, 0)
+        if stop <= _MEASURED_WHOLE or count == 0 or turns == 1:
+            return slice(0, kv_heads)
+        turn = (count + count // turns + layer) % turns
+        return slice(kv_heads * turn // turns, kv_heads * (turn + 1) // turns)
+
     def observe(self, record: SpanRecord, budget: torch.Tensor) -> None:
         """Note what a span kept and recalled, and steer the layer's budgets by it."""
         self.state.records.append(record)
+        self.state.turns[record.layer] = self.state.turns.get(record.layer, 0) + 1
         if self.recall_target is not None:
             budget = steer(budget, record.recall, self.recall_target, self.rule)
         self.state.budgets[self.name, record.layer] = budget

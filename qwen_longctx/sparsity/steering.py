@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qwen_longctx.sparsity.record import NOT_MEASURED
 from qwen_longctx.sparsity.rules.rule import Rule
 
 _SLOWEST, _FASTEST = 0.7, 4.0  # one easy span must not starve a head; a head that becomes global is served at once
@@ -17,13 +18,14 @@ def steer(budget: torch.Tensor, recall: torch.Tensor, target: float, rule: Rule)
     budget : torch.Tensor
         Shape (heads,), float32.
     recall : torch.Tensor
-        Shape (batch, heads): rows share a head's budget.
+        Shape (batch, heads): rows share a head's budget, and heads that are `NOT_MEASURED` keep theirs.
     target : float
         Recall wanted, below 1.
     rule : Rule
         Whose bounds the budgets keep.
     """
-    mean = recall.mean(dim=0).clamp(min=0, max=1).to(budget)
+    found = recall.mean(dim=0).to(budget)
+    mean = found.clamp(min=0, max=1)
     odds = (1 - mean) / mean.clamp(min=torch.finfo(mean.dtype).tiny) * target / (1 - target)
     factor = odds.sqrt().clamp(min=_SLOWEST, max=_FASTEST)
-    return (budget * factor).clamp(min=rule.lowest, max=rule.highest)
+    return (budget * factor).clamp(min=rule.lowest, max=rule.highest).where(found > NOT_MEASURED, budget)

@@ -14,6 +14,8 @@ from qwen_longctx.geometry.tiles import Tiles
 from qwen_longctx.ops.row_lse import joint_lse
 from qwen_longctx.sparsity.budgets import HeadBudgets
 
+ALL_OWNERS = slice(None)  # all KV heads
+
 
 class Piece(NamedTuple):
     """Queries of a span, rotated towards one segment: shape (batch, queries, heads, head_dim)."""
@@ -81,11 +83,21 @@ class SpanView:
         """Keys of one segment."""
         return self.k[:, segment.key_start : segment.key_stop]
 
-    def full_lse(self, rows: int) -> torch.Tensor:
-        """Log-sum-exp of the last `rows` queries over all keys, shape (batch, heads, rows): that of dense attention."""
+    def full_lse(self, rows: int, owners: slice = ALL_OWNERS) -> torch.Tensor:
+        """Log-sum-exp of the last `rows` queries over all keys, of the heads of some KV heads: that of dense attention.
+
+        Shape (batch, heads, rows).
+        """
         positions = torch.arange(self.span.stop - rows, self.span.stop, device=self.k.device)
-        parts = ((q[:, -rows:], self.keys(s), positions + 1 - s.key_start) for s, q in self.pieces)
+        heads = self.heads_of(owners)
+        parts = ((q[:, -rows:, heads], self.keys(s)[:, :, owners], positions + 1 - s.key_start) for s, q in self.pieces)
         return joint_lse(parts, scale=self.scale)
+
+    def heads_of(self, owners: slice) -> slice:
+        """The query heads of some KV heads."""
+        first, last, _ = owners.indices(self.k.shape[2])
+        group = self.heads // self.k.shape[2]
+        return slice(first * group, last * group)
 
 
 class Prompt(NamedTuple):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch.nn import functional
 
 from qwen_longctx.config import share
 from qwen_longctx.errors import InvalidValue
@@ -166,8 +165,8 @@ def scores(view: SpanView) -> torch.Tensor:
     for segment, q in view.pieces[::-1]:
         first = segment.key_start // size
         parts.append((_pool(q, view.tiles), means[:, first : segment.key_stop // size], limits - first))
-    joined = joint_shares(parts, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale)
-    return functional.pad(joined, (0, view.tiles.blocks - joined.shape[3]))
+    blocks = view.tiles.blocks
+    return joint_shares(parts, rows=POOLED_ROWS, per_block=MEANS_A_BLOCK, scale=view.scale, blocks=blocks)
 
 
 def miss(view: SpanView, mask: torch.Tensor, most: float) -> torch.Tensor:
@@ -213,7 +212,7 @@ def exact_shares(view: SpanView, limits: torch.Tensor, pool: Pool) -> torch.Tens
     """
     tiles = view.tiles
     parts = [(in_tiles(q, tiles), view.keys(segment), limits - segment.key_start) for segment, q in view.pieces[::-1]]
-    return joint_shares(parts, rows=tiles.size, per_block=tiles.size, scale=view.scale, pool=pool)
+    return joint_shares(parts, rows=tiles.size, per_block=tiles.size, scale=view.scale, blocks=tiles.blocks, pool=pool)
 
 
 def _pool(q: torch.Tensor, tiles: Tiles) -> torch.Tensor:
