@@ -36,7 +36,7 @@ LAYERS = (
     {"sparsity", "kv"},
     {"attention"},
     {"prefill"},
-    {"patches"},
+    {"patches", "vllm"},
     {"evaluation", "memory", "training"},
     {"bench", "cli"},
 )

@@ -18,7 +18,7 @@ from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue
 from qwen_longctx.geometry import step
 from qwen_longctx.geometry.positions import Kind, Span, spans
-from qwen_longctx.geometry.rotary import RotaryTables
+from qwen_longctx.geometry.rotary import RotaryTables, temperature
 from qwen_longctx.ops.decode import MOST_TOKENS, Reach, why_not
 
 Mode = Literal["train", "prefill", "decode"]
@@ -475,5 +475,5 @@ def _query_factors(
         prompts, varying = prompts[:1], varying[:1]
     exact = torch.float32 if device.type == "mps" else torch.float64
     lengths = torch.maximum(positions + 1, torch.tensor(prompts, device=device)[:, None]).to(exact)
-    factor = (0.1 * (lengths / settings.original_max_position_embeddings).log() + 1.0).clamp(min=1.0) ** 2
+    factor = temperature(lengths, settings.original_max_position_embeddings)
     return factor.where(torch.tensor(varying, device=device)[:, None], 1.0)

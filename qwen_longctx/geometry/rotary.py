@@ -66,6 +66,11 @@ def rotation(
     return Rotation(cos.to(dtype), sin.to(dtype))
 
 
+def temperature(lengths: torch.Tensor, original_max_position_embeddings: int) -> torch.Tensor:
+    """Factor ``f²`` on the logits of sequences of so many tokens: `config.Geometry.temperature` of a float tensor."""
+    return (0.1 * (lengths / original_max_position_embeddings).log() + 1.0).clamp(min=1.0) ** 2
+
+
 def rotate(x: torch.Tensor, table: Rotation) -> torch.Tensor:
     """Rotate `x`, shape (batch, tokens, heads, head_dim), by halves (the NeoX layout that Qwen uses)."""
     return ops_rotate.rotate(x, table.cos, table.sin)

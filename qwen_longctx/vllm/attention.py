@@ -1,0 +1,176 @@
+"""Dual chunk attention of a step of the engine: the queries rotate here, a segment at a time."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import NamedTuple, Protocol
+
+import torch
+
+from qwen_longctx import ops
+from qwen_longctx.config import Geometry
+from qwen_longctx.geometry.positions import Kind, query_positions
+from qwen_longctx.geometry.rotary import rotate, rotation, temperature
+from qwen_longctx.ops.device import cast
+from qwen_longctx.ops.merge import merge
+from qwen_longctx.vllm.pages import KINDS, Pieces, cut, positions, segment_table
+
+
+class Segment(NamedTuple):
+    """One call of a kernel: the queries of all pieces towards their keys of one kind of segment.
+
+    Attributes
+    ----------
+    rows : torch.Tensor
+        Shape (pieces + 1,), int32: the first row of each piece, and the row after the last.
+    keys : torch.Tensor
+        Shape (pieces,), int32: keys that each piece looks at, 0 and up.
+    table : torch.Tensor
+        Shape (pieces, pages), int32: the pages of these keys.
+    most_queries, most_keys : int
+        The most queries and keys of a piece.
+    causal : bool
+        Aligned at the bottom right of each piece.
+    """
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+    table: torch.Tensor
+    most_queries: int
+    most_keys: int
+    causal: bool
+
+
+class PagedKernel(Protocol):
+    """Attention of one segment: `q` of shape (rows, heads, head_dim) gives `out` of that shape, and `lse`.
+
+    `lse` is the natural logarithm of the softmax's denominator in float32, shape (heads, rows), -inf in rows without
+    keys, in which `out` is 0.
+    """
+
+    def __call__(self, q: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Step:
+    """What all layers share in one step of the engine.
+
+    `kinds` are the segments that occur, and `rotations` those of the queries towards each, of shape (rows, 1,
+    head_dim). Where all sequences end within the first chunk there is one kind, and attention is causal over
+    everything, as in other models.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    inv_freq : torch.Tensor
+        Shape (head_dim / 2,): rotary frequencies.
+    starts, starts_host, lengths : torch.Tensor
+        As in `pages.cut`.
+    rows : int
+        Rows of the queries, padding included.
+    longest : int
+        Tokens of the longest request, or an upper bound.
+    most_queries : int
+        Queries of the request that has most, or an upper bound.
+    dtype : torch.dtype
+        Of the queries.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        inv_freq: torch.Tensor,
+        starts: torch.Tensor,
+        starts_host: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        rows: int,
+        longest: int,
+        most_queries: int,
+        dtype: torch.dtype,
+    ) -> None:
+        stride = geometry.stride
+        self._stride, self._most_queries = stride, most_queries
+        last = max(longest - 1, 0) // stride  # the last chunk that a query may lie in
+        self._most_keys = {"intra": min(longest, stride), "successive": stride, "inter": (last - 1) * stride}
+        self.kinds: tuple[Kind, ...] = KINDS[: min(last, 2) + 1]
+        self._pieces: Pieces | None = cut(starts, starts_host, lengths, stride) if last else None
+        self._requests = starts, lengths
+        where = positions(starts, lengths, rows)
+        factor = None
+        if geometry.attention_temperature and longest > geometry.original_max_position_embeddings:
+            factor = temperature((where + 1).double(), geometry.original_max_position_embeddings)[None]
+        self.rotations = [
+            rotation(query_positions(kind, where, stride, geometry.chunk_size)[None], inv_freq, 1.0, dtype, factor)
+            for kind in self.kinds
+        ]
+        self.segments: dict[Kind, Segment] = {}
+
+    def on(self, table: torch.Tensor, page_size: int) -> Step:
+        """The same step with its `segments` in the pages of a block table, of shape (requests, pages), int32."""
+        here = copy(self)
+        pieces, most_queries = self._pieces, self._most_queries
+        if pieces is None:
+            starts, lengths = self._requests
+            here.segments = {"intra": Segment(starts, lengths, table, most_queries, self._most_keys["intra"], True)}
+            return here
+        here.segments = {}
+        for kind in self.kinds:
+            most = self._most_keys[kind]
+            pages = segment_table(table, pieces, kind, stride=self._stride, page_size=page_size, longest=most)
+            here.segments[kind] = Segment(pieces.rows, pieces.keys[kind], pages, most_queries, most, kind == "intra")
+        return here
+
+    def rotated(self, q: torch.Tensor, kind: Kind) -> torch.Tensor:
+        """Queries of shape (rows, heads, head_dim), rotated towards one kind of segment."""
+        return cast(rotate(q[None], self.rotations[self.kinds.index(kind)]), q.dtype)[0]
+
+
+def attend(q: torch.Tensor, step: Step, kernel: PagedKernel) -> torch.Tensor:
+    """Attend from all queries of a step to the segments in their pages, one softmax over all of them.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Shape (rows, heads, head_dim), not rotated.
+    step : Step
+        In its pages (`Step.on`).
+    kernel : PagedKernel
+
+    Returns
+    -------
+    torch.Tensor
+        Like `q`.
+    """
+    parts = [kernel(step.rotated(q, kind), segment) for kind, segment in step.segments.items()]
+    return merge([(out[None], lse[None]) for out, lse in parts])[0][0]
+
+
+def paged_attention(
+    q: torch.Tensor, pages: torch.Tensor, segment: Segment, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `PagedKernel` in PyTorch, piece by piece.
+
+    Parameters
+    ----------
+    q : torch.Tensor
+        Shape (rows, heads, head_dim), rotated towards the segment.
+    pages : torch.Tensor
+        Shape (pages, kv_heads, page_size, 2 * head_dim): keys, and values after them.
+    segment : Segment
+    scale : float
+    """
+    rows, heads, head_dim = q.shape
+    page_size = pages.shape[2]
+    out = torch.zeros_like(q)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = torch.full((heads, rows), -torch.inf, dtype=exact, device=q.device)
+    starts = segment.rows.tolist()
+    for piece, keys in enumerate(segment.keys.tolist()):
+        here = slice(starts[piece], starts[piece + 1])
+        if keys == 0 or here.start == here.stop:
+            continue
+        own = pages[segment.table[piece, : -(-keys // page_size)]]
+        k, v = own.transpose(1, 2).flatten(0, 1)[None, :keys].split(head_dim, dim=-1)
+        part, part_lse = ops.sdpa(q[None, here], k, v, causal=segment.causal, scale=scale)
+        out[here], lse[:, here] = part[0], part_lse[0]
+    return out, lse

@@ -1,0 +1,109 @@
+"""What the backends for CPUs and for GPUs share: each is vLLM's own, with these classes in front of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+
+from qwen_longctx.errors import MissingPackage, Unsupported
+from qwen_longctx.vllm.attention import Step
+from qwen_longctx.vllm.settings import DualChunk, refuse_cache, settings_of, uses_dual_chunk
+
+
+class DualChunkBackend:
+    """A backend that knows dual chunk attention."""
+
+
+class DualChunkImpl:
+    """The attention of a layer. `dual_chunk` is None in models without dual chunk attention."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        layer_idx: int | None = None,
+        dual_chunk_attention_config: dict[str, Any] | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.dual_chunk: DualChunk | None = None
+        if dual_chunk_attention_config is None:
+            return
+        if self.attn_type != AttentionType.DECODER:  # type: ignore[attr-defined]
+            raise Unsupported(
+                "dual chunk attention is causal, and this model attends in both directions: remove "
+                "dual_chunk_attention_config from config.json or --hf-overrides"
+            )
+        refuse_cache(self.kv_cache_dtype)  # type: ignore[attr-defined]  # which a quantised checkpoint can choose
+        self.dual_chunk = settings_of(get_current_vllm_config().model_config.hf_text_config)
+
+
+class DualChunkBuilder:
+    """Prepares the step of the engine for all layers of one kind."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        found = [getattr(layer.impl, "dual_chunk", None) for layer in layers.values()]
+        self._settings: DualChunk | None = next((one for one in found if one is not None), None)
+        self._page_size = kv_cache_spec.block_size
+        self._dtype = vllm_config.model_config.dtype
+        if self._settings is not None:
+            self._settings.check_page_size(self._page_size)
+            self._inv_freq = self._settings.inv_freq(device)
+            self.supports_draft_decode_metadata_update = False  # it would leave our part of the metadata behind
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """A graph of attention would hold the segments of the lengths that it was captured with."""
+        if uses_dual_chunk(vllm_config.model_config.hf_text_config):
+            return AttentionCGSupport.NEVER
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The metadata of vLLM's own backend, with a `Step` as its attribute `dual_chunk` where the model wants it."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        if self._settings is not None:
+            common = common_attn_metadata
+            step = Step(
+                self._settings.geometry,
+                self._inv_freq,
+                common.query_start_loc,
+                common.query_start_loc_cpu,
+                common.seq_lens,
+                rows=common.num_actual_tokens,
+                longest=common.max_seq_len,
+                most_queries=common.max_query_len,
+                dtype=self._dtype,
+            )
+            metadata.dual_chunk = step.on(common.block_table_tensor, self._page_size)
+        return metadata
+
+    def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
+        """The same step on other pages."""
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)  # type: ignore[misc]
+        if self._settings is not None:
+            updated.dual_chunk = metadata.dual_chunk.on(blk_table, self._page_size)
+        return updated
+
+
+def check_signature(function: Callable[..., Any], *expected: str) -> None:
+    """Refuse a vLLM in which a method that is overridden here takes other arguments than this was written for.
+
+    Raises
+    ------
+    ImportError
+    """
+    found = tuple(inspect.signature(function).parameters)
+    if found[: len(expected)] != expected:
+        import vllm
+
+        raise MissingPackage(
+            f"{function.__qualname__} of vLLM {vllm.__version__} takes ({', '.join(found)}), and qwen-longctx was "
+            f"written for ({', '.join(expected)}): install a version of vLLM that docs/serving.md names"
+        )
