@@ -156,10 +156,14 @@ def _thin(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0)
     w, s, b, o, n = w0, s0, b0, o0, n0
     if not GATED:
-        if tile >= second:
-            w, s, b, o, n, tile = w2, s2, b2, o2, n2, tile - second
-        elif tile >= first:
-            w, s, b, o, n, tile = w1, s1, b1, o1, n1, tile - first
+        number = (tile >= first).to(tl.int32) + (tile >= second).to(tl.int32)  # of the layer
+        if s0 is not None:
+            s = _one_of(number, s0, s1, s2)
+        if b0 is not None:
+            b = _one_of(number, b0, b1, b2)
+        w, o = _one_of(number, w0, w1, w2), _one_of(number, o0, o1, o2)
+        n = tl.where(number == 0, n0, tl.where(number == 1, n1, n2))
+        tile -= tl.where(number == 0, 0, tl.where(number == 1, first, second))
     row = tl.arange(0, ROWS)
     at = tile * OUTPUTS + tl.arange(0, OUTPUTS)
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
@@ -185,6 +189,15 @@ def _thin(  # type: ignore[no-untyped-def]
         other = _rounded(other, b1, at, n, o.dtype.element_ty).to(tl.float32)
         result = (gate * other).to(o.dtype.element_ty)
     tl.store(o + row[None, :].to(tl.int64) * n + at[:, None], result, mask=(at < n)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
+def _one_of(number, first, second, third):  # type: ignore[no-untyped-def]
+    if number == 1:
+        first = second
+    elif number == 2:
+        first = third
+    return first
 
 
 @triton.jit
