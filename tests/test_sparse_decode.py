@@ -65,7 +65,7 @@ def some_blocks(case, count, seed=0):
     return torch.stack(orders).unflatten(0, (batch, kv_heads)).to(case.q.device, torch.int32)
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(st.data())
 @pytest.mark.parametrize("way", WAYS)
 def test_random_lists(way, data):
@@ -139,7 +139,7 @@ def check_choice(way, case, count, scale=0.9, newest=128, room=0):
     assert ((best - found).abs() <= 1e-5 * best + 1e-9).all()
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.data())
 @pytest.mark.parametrize("way", WAYS)
 def test_random_choices(way, data):
@@ -159,7 +159,7 @@ def test_random_choices(way, data):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("end", [31, 64, 4096, 8229])
+@pytest.mark.parametrize("end", [31, 4097])
 def test_many_query_rows_and_ends_of_tiles(way, end):
     """17 heads of a group and 8 drafts fill five tiles of queries; several programs share every list."""
     torch.manual_seed(end)
