@@ -313,8 +313,8 @@ def test_splits_fill_the_device_and_know_no_lengths():
 def tokens_of(model, ids, mask=None, **how):
     mask = torch.ones_like(ids) if mask is None else mask
     # transformers 4.57 drafts with an end of text only
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, eos_token_id=96, **how)
-    return out.tolist()
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "eos_token_id": 96, **how}
+    return model.generate(ids, attention_mask=mask, **how).tolist()
 
 
 @pytest.mark.parametrize("one_pass", [KERNEL], indirect=True)

@@ -406,7 +406,7 @@ sys.modules["triton"] = None  # importing it fails
 import torch
 from qwen_longctx.geometry.positions import Span
 from qwen_longctx.geometry.tiles import Tiles
-from qwen_longctx.ops.block_shares import block_shares
+from qwen_longctx.ops.block_shares import joint_shares
 from qwen_longctx.ops.columns import columns
 from qwen_longctx.ops.compact import compact
 from qwen_longctx.ops.device import uses_triton
