@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import qwen_longctx
 from helpers import INTERPRETED
@@ -23,7 +24,7 @@ from qwen_longctx.ops.merge import merge, merge_triton
 from qwen_longctx.ops.rotate import place, place_triton, rotate, rotate_triton
 from qwen_longctx.ops.row_lse import row_lse, row_lse_triton
 
-pytest.importorskip("triton", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 KERNELS = (
     *("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join"),
@@ -198,13 +199,15 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(qwen_longctx.__file__).parents[1])}
+    # the oldest Triton knows least, and its lane has time for both
+    archs = ("90",) if Version(triton.__version__) >= Version("3.3") else ("80", "90")
     done = subprocess.run(
-        [sys.executable, str(script), "80", "90"],
+        [sys.executable, str(script), *archs],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
-    wanted = {(f"_{name}", arch) for name in KERNELS for arch in ("80", "90")}
+    wanted = {(f"_{name}", arch) for name in KERNELS for arch in archs}
     assert compiled == wanted | {(f"_{name}", "90") for name in NEWER}
