@@ -159,7 +159,7 @@ def test_random_choices(way, data):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("end", [31, 64, 4096])
+@pytest.mark.parametrize("end", [31, 64, 4097])
 def test_many_query_rows_and_ends_of_tiles(way, end):
     """17 heads of a group and 8 drafts fill five tiles of queries; several programs share every list."""
     torch.manual_seed(end)

@@ -260,7 +260,8 @@ def _mean_scores(  # type: ignore[no-untyped-def]
     spot = owner * (tokens * GROUP) + row
     highest = tl.full((ROOM,), -float("inf"), tl.float32)
     norm = tl.zeros((ROOM,), tl.float32)
-    filled = tl.cdiv(length, TILE * (BLOCK // PER_BLOCK))  # tiles before the last key
+    # tiles before the last key, whose mean other caches than ours lack until it is complete
+    filled = tl.minimum(tl.cdiv(length, TILE * (BLOCK // PER_BLOCK)), tiles)
     for begin in range(0, filled, PARTS):
         part = begin + tl.arange(0, PARTS)
         inside = within[:, None] & (part < filled)[None, :]
