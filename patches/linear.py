@@ -242,8 +242,8 @@ def _why_left(module: Any) -> str:
         return f"have weights of {module.weight.dtype}"
     if module.in_features % fp8.MULTIPLE or module.out_features % fp8.MULTIPLE:
         return f"are {module.in_features} by {module.out_features} wide, no multiples of {fp8.MULTIPLE}"
-    runs = vars(module).get(_HOOKED) or module.forward
-    return "" if getattr(runs, "__func__", None) is nn.Linear.forward else "have a forward of another library"
+    forward = vars(module).get(_HOOKED) or module.forward
+    return "" if getattr(forward, "__func__", None) is nn.Linear.forward else "have a forward of another library"
 
 
 def _check_one(name: str, module: nn.Linear) -> None:

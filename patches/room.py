@@ -15,6 +15,7 @@ from qwen_longctx.checkpoint import Shape, local_shape
 from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.host import HostStore
+from qwen_longctx.kv.saved import allocated
 from qwen_longctx.kv.sequence import held_tokens, sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.prefill import memory
@@ -135,8 +136,8 @@ def take_room(base: Any, cache: LongContextCache, rows: int) -> None:
     """Take at once the memory that an empty cache has been given a capacity for."""
     shape = local_shape(base)
     for number, layer in enumerate(base.layers):
-        none = torch.empty((rows, 0, shape.kv_heads, shape.head_dim), dtype=base.dtype, device=device_of(layer))
-        cache.append(none, none, number).room()  # which takes a host cache's buffers on the device
+        store = allocated(cache, number, shape, base.dtype, rows, device_of(layer))
+        store.room()  # takes a host cache's buffers on the device
 
 
 def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -> None:

@@ -360,7 +360,7 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
         device = device_of(base.layers[number])
         bias = _bias(file, number, shape, dtype, about, path)
         try:
-            store = _allocated(cache, number, shape, dtype, about["rows"], device)
+            store = allocated(cache, number, shape, dtype, about["rows"], device)
             if bias is not None:
                 store.bias = bias.to(device)
         except torch.OutOfMemoryError as error:
@@ -381,7 +381,7 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
         layer.store.length = about["length"]
 
 
-def _allocated(cache: Any, number: int, shape: Shape, dtype: torch.dtype, rows: int, device: torch.device) -> Any:
+def allocated(cache: Any, number: int, shape: Shape, dtype: torch.dtype, rows: int, device: torch.device) -> Any:
     """The store of a layer on its device, with room for tokens and still empty."""
     none = torch.empty((rows, 0, shape.kv_heads, shape.head_dim), dtype=dtype, device=device)
     return cache.append(none, none, number)
