@@ -123,7 +123,7 @@ def test_degenerate_measurements_still_give_a_schedule(measured: list[Measured])
 
 
 def test_measured_chunks_change_what_follows_and_not_what_was_cut() -> None:
-    plan, true = Schedule(0, _MILLION, _SIZE, 4, _cost(), fitted=True), Cost(1e-6, 1e-8, 0.0)
+    plan, true = Schedule(0, _MILLION, _SIZE, 4, _cost(), fitted=True), Cost(6e-5, 2e-9, 0.1)
     still = list(Schedule(0, _MILLION, _SIZE, 4, _cost()))
     for start, stop in plan:
         plan.measured(start, stop, true.seconds(start, stop - start))
