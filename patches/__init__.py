@@ -37,6 +37,7 @@ from qwen_longctx.patches.method import (
     stock_function,
 )
 from qwen_longctx.patches.runs import changing, check_outside
+from qwen_longctx.stage import own_layers
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ def _model_targets(model: nn.Module, overrides: dict[str, Any]) -> list[_Target]
 def _to_cast(model: nn.Module, targets: list[_Target]) -> list[nn.Linear]:
     """Linear layers that are to be in 8 bits; raises before anything is changed."""
     bases = {id(module): module for module, replacement in targets if replacement.suffix == "Model"}.values()
-    return linear.check((layer for base in bases for layer in base.layers), type(model).__name__)
+    return linear.check((layer for base in bases for layer in own_layers(base)), type(model).__name__)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from qwen_longctx.ops.fp8 import Rows
 from qwen_longctx.patches.linear import rows_for, thin_weights
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
 from qwen_longctx.patches.runs import stock_forward
+from qwen_longctx.stage import own_layers
 
 IMPLEMENTATION = "qwen_dca"
 
@@ -58,10 +59,10 @@ def attention_forward(
     q, k, v = (x.view(shape) for x in _projected(hidden_states, self.q_proj, self.k_proj, self.v_proj))
     if "q_norm" in self._modules:  # hasattr raises and catches where there is none
         q, k = self.q_norm(q), self.k_norm(k)
-    tables = dual_chunk.tables
+    tables, place = dual_chunk.tables, self.layer_idx - dual_chunk.first_layer
     kv: Store | Tensors
     if dual_chunk.slot is not None:
-        kv = write(past_key_values, k, v, self.layer_idx, dual_chunk.slot, tables)
+        kv = write(past_key_values, k, v, place, dual_chunk.slot, tables)
     else:
         k = cast(rotate(k, tables.keys), v.dtype)  # under autocast norms and tables are float32
         kv = Tensors(k, v)
@@ -69,7 +70,7 @@ def attention_forward(
             # a norm leaves no bias to take out, and layers that quantise weights may name none
             bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
             turning = Turning(tables.spots, *tables.source)
-            kv = append(past_key_values, k, v, self.layer_idx, kwargs.get("cache_position"), bias, turning)
+            kv = append(past_key_values, k, v, place, kwargs.get("cache_position"), bias, turning)
     tokens, dtype = kv.size()
     if tokens < dual_chunk.length:
         raise PatchConflict(
@@ -101,9 +102,10 @@ def _attend_outside_of_graphs(*arguments: Any) -> torch.Tensor:
 
 def check_attended(model: Any, layout: Layout) -> None:
     """Refuse results to which an attention that knows nothing of the layout has contributed."""
-    if len(layout.attended) >= min(model.config.num_hidden_layers, len(model.layers)):
+    here = own_layers(model)
+    if len(layout.attended) >= min(model.config.num_hidden_layers, len(here)):
         return
-    layers = zip(range(model.config.num_hidden_layers), model.layers, strict=False)
+    layers = zip(range(model.config.num_hidden_layers), here, strict=False)
     wanted = sum(hasattr(layer, "self_attn") for _, layer in layers)
     if len(layout.attended) < wanted:
         raise PatchConflict(

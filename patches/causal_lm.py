@@ -8,10 +8,23 @@ import torch
 from transformers import modeling_utils
 
 from qwen_longctx.errors import InvalidType, InvalidValue
+from qwen_longctx.patches import stages
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
-from qwen_longctx.patches.model import Forward, began_as_stock, begin, chunk_of, in_chunks, wanted_outputs, with_fields
+from qwen_longctx.patches.model import (
+    Forward,
+    began_as_stock,
+    begin,
+    chunk_of,
+    given_inputs,
+    in_chunks,
+    over_stages,
+    wanted_outputs,
+    whole_outputs,
+    with_fields,
+)
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.prefill.run import Run
+from qwen_longctx.stage import Stage, stage_of
 
 
 def causal_lm_forward(
@@ -25,6 +38,9 @@ def causal_lm_forward(
     """Prefill chunk by chunk where the prompt is longer than `prefill_chunk_size`; else the stock forward."""
     if began_as_stock(arguments):
         return patched.call(self, labels=labels, logits_to_keep=logits_to_keep, **arguments)
+    stage = stage_of(self.model)
+    if stage is not None:
+        return _over_stages(patched, self, stage, labels, logits_to_keep, arguments)
     run = begin(patched, self, self.model, arguments)
     _check_labels(labels, run, self.config.vocab_size, arguments.get("ignore_index", -100))
     cut = in_chunks(run, self.config, arguments)
@@ -99,9 +115,50 @@ def _in_chunks(
     every = torch.cat(logits, dim=1) if logits else outputs.logits[:, :0]
     fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
     if labels is not None:
-        beside = {name: value for name, value in arguments.items() if name not in (*patched.names, OLD_NAME)}
-        fields["loss"] = model.loss_function(logits=every, labels=labels, vocab_size=model.config.vocab_size, **beside)
+        fields["loss"] = _loss(patched, model, every, labels, arguments)
     return with_fields(outputs, wants_dict, wants_cache, **fields)
+
+
+def _loss(
+    patched: PatchedMethod, model: Any, logits: torch.Tensor, labels: torch.Tensor, arguments: dict[str, Any]
+) -> torch.Tensor:
+    beside = {name: value for name, value in arguments.items() if name not in (*patched.names, OLD_NAME)}
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **beside)
+
+
+def _over_stages(
+    patched: PatchedMethod,
+    model: Any,
+    stage: Stage,
+    labels: torch.Tensor | None,
+    logits_to_keep: Any,
+    arguments: dict[str, Any],
+) -> Any:
+    """The logits that are wanted, which the last rank computes and every rank gets."""
+    base, arguments = model.model, dict(arguments)
+    with stages.call(base, stage) as call:
+        stages.check_outputs(whole_outputs(model.config, arguments))
+        run = begin(patched, model, base, arguments)
+        _check_labels(labels, run, model.config.vocab_size, arguments.get("ignore_index", -100))
+        _check_room(model, run, labels is not None, logits_to_keep, True)
+        rows, tokens = _wanted(logits_to_keep, len(run.call.rows), run.tokens)
+        computed = tokens.unique() if labels is None else torch.arange(run.tokens)
+        stages.agree(call, run, given_inputs(arguments)[1], computed)
+        arguments["past_key_values"] = run.cache
+        wants_cache, wants_dict = wanted_outputs(model.config, arguments)
+        with run.committed():
+            logits = [] if stage.is_last else None
+            for start, stop, hidden in over_stages(patched, base, run, arguments, stage, call):
+                first = start - run.call.cached
+                inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
+                if logits is not None and hidden is not None:
+                    with torch.no_grad():
+                        logits.append(model.lm_head(hidden[:, inside - first]))
+            every = call.share(None if logits is None else torch.cat(logits, dim=1))
+    fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
+    if labels is not None:
+        fields["loss"] = _loss(patched, model, every, labels, arguments)
+    return with_fields(stages.outputs(model, "CausalLM", run.cache), wants_dict, wants_cache, **fields)
 
 
 def _wanted(logits_to_keep: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

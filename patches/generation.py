@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from qwen_longctx.kv.fingerprint import base_of
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
 from qwen_longctx.kv.store import STEP
-from qwen_longctx.patches import graphs, room
+from qwen_longctx.patches import graphs, room, stages
 from qwen_longctx.patches.method import PatchedMethod
 from qwen_longctx.patches.model import (
     check_cache_type,
@@ -28,9 +28,12 @@ from qwen_longctx.patches.model import (
     padding_mask,
 )
 from qwen_longctx.patches.runs import outermost
+from qwen_longctx.prefill.link import LinkedCall
+from qwen_longctx.stage import layer_count, stage_of
 
 _STATIC = ("static", "offloaded_static")
 _DYNAMIC = (None, "dynamic", "dynamic_full")  # the last is what older transformers ask for drafts
+_ALIKE = ("do_sample", "num_beams", "num_return_sequences", "temperature", "top_k", "top_p")  # on all ranks
 Configs = tuple[Any, ...]  # generation configs, the most binding first
 Partner = tuple[Any, LongContextConfig]  # a base model and its settings
 
@@ -38,13 +41,53 @@ Partner = tuple[Any, LongContextConfig]  # a base model and its settings
 def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     """The stock generate on a `LongContextCache`, unless the caller brings or asks for another cache."""
     configs = arguments.get("generation_config"), self.generation_config
-    settings = patched.settings(self.config)
+    stage, random = stage_of(self.model), None
+    with nullcontext() if stage is None else stages.call(self.model, stage) as call:
+        settings = patched.settings(self.config)
+        run = _prepared(patched, self, settings, configs, arguments)
+        if call is not None:
+            random = _agree(call, run, configs, arguments)
+    kept = _settings_kept(run.cache, settings, run.announced, run.end, custom=run.custom)
+    captured = _captured(run.cache, run.captures and not run.custom and stage is None)
+    with kept, captured, stages.generating(stage, random):
+        return patched.call(self, **arguments)
+
+
+class _Prepared(NamedTuple):
+    """What is known of a generate before its first forward.
+
+    Attributes
+    ----------
+    prompt : torch.Tensor, optional
+    cache : transformers Cache, optional
+    tokens, limit : int
+        Of the text before generation starts, cached ones included, and when it ends at the latest.
+    announced, end : int
+        Length of the prompt that the first forward passes, and tokens held then.
+    captures, custom : bool
+        Whether there are tokens enough for a graph, and whether the loop is not that of transformers.
+    """
+
+    prompt: torch.Tensor | None
+    cache: Any
+    tokens: int
+    limit: int
+    announced: int
+    end: int
+    captures: bool
+    custom: bool
+
+
+def _prepared(
+    patched: PatchedMethod, self: Any, settings: LongContextConfig, configs: Configs, arguments: dict[str, Any]
+) -> _Prepared:
+    """Check a generate, all of it, and bring the cache into `arguments`."""
     prompt = _prompt(arguments)
     cache = arguments.get("past_key_values")
     check_cache_type(cache)
     held = 0
     if cache is not None:
-        open_cache(cache, (settings.chunk_size, settings.local_size), self.config.num_hidden_layers)
+        open_cache(cache, (settings.chunk_size, settings.local_size), layer_count(self.model))
         held = held_tokens(cache)
     if prompt is not None:
         _check_prompt(self, prompt, held, configs, arguments)
@@ -65,8 +108,21 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
     begun = 1 if prompt is None else prompt.shape[1]
     announced, end = 0 if prompt is None or held else begun, begun + held * (begun <= held)
     custom = arguments.get("custom_generate") is not None
-    with _settings_kept(cache, settings, announced, end, custom=custom), _captured(cache, captures and not custom):
-        return patched.call(self, **arguments)
+    return _Prepared(prompt, cache, tokens, limit, announced, end, captures, custom)
+
+
+def _agree(call: LinkedCall, run: _Prepared, configs: Configs, arguments: dict[str, Any]) -> Any:
+    """Go on if the other ranks of a pipeline generate alike; returns what all of them sample from."""
+    options = {name: _option(configs, arguments, name) for name in stages.REFUSED}
+    implementation = _option(configs, arguments, "cache_implementation")
+    if implementation not in _DYNAMIC:
+        raise Unsupported(
+            f"cache_implementation={implementation!r} does not go with a pipeline over processes: leave it out"
+        )
+    alike = {name: _option(configs, arguments, name) for name in _ALIKE}
+    mask = padding_mask(arguments.get("attention_mask"))
+    alike |= {"lengths of prompt and text": (run.tokens, run.limit)}
+    return stages.begin_generate(call, run.prompt, mask, run.cache, options, alike)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +18,15 @@ from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
 from qwen_longctx.kv.hf_cache import LongContextCache, guard
 from qwen_longctx.kv.sequence import held_tokens, open_cache, origins_of, sequence_of
-from qwen_longctx.patches import graphs
+from qwen_longctx.patches import graphs, stages
 from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.linear import takes_rows
-from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.patches.method import OLD_NAME, PatchedMethod, cache_argument
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
+from qwen_longctx.prefill.link import LinkedCall
 from qwen_longctx.prefill.run import Run
+from qwen_longctx.stage import Stage, layer_count, own_layers, stage_of
 
 _WHOLE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -50,6 +54,9 @@ def model_forward(
         return _one_forward(patched, self, dual_chunk_forward, arguments) if repeated is None else repeated
     if began_as_stock(arguments):
         return patched.call(self, **arguments)
+    stage = stage_of(self)
+    if stage is not None:
+        return _over_stages(patched, self, stage, arguments)
     run = begin(patched, self, self, arguments)
     cut = in_chunks(run, self.config, arguments)
     # hidden states of all chunks are written to one tensor
@@ -79,7 +86,10 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
     arguments["attention_mask"] = torch.empty((0, 0, 0, 0), device=inputs.device)
     # without gradients to keep, gradient checkpointing has no reason to drop the cache
     with nullcontext() if run.mode == "train" else torch.no_grad():
-        outputs = patched.call(model, dual_chunk=layout, **arguments)
+        if stage_of(model) is None:
+            outputs = patched.call(model, dual_chunk=layout, **arguments)
+        else:
+            outputs = _own_part(model, layout, arguments)
     check_attended(model, layout)
     if run.cache is not None:
         guard(run.cache)
@@ -88,8 +98,8 @@ def _one_forward(patched: PatchedMethod, model: Any, forward: Forward, arguments
 
 @torch.compiler.disable
 def _layout(model: Any, forward: Forward, inputs: torch.Tensor) -> Layout:
-    run, rotary = forward.run, model.rotary_emb
-    return make_layout(
+    run, rotary, stage = forward.run, model.rotary_emb, stage_of(model)
+    layout = make_layout(
         run.call,
         forward.start,
         forward.stop,
@@ -101,6 +111,73 @@ def _layout(model: Any, forward: Forward, inputs: torch.Tensor) -> Layout:
         weights=run.weights,
         sparse=run.sparse,
     )
+    return layout if stage is None else replace(layout, first_layer=stage.first)
+
+
+def _own_part(model: Any, layout: Layout, arguments: dict[str, Any]) -> torch.Tensor:
+    """Hidden states behind the layers of this rank, of shape (batch, tokens, hidden); before the final norm."""
+    name, hidden = given_inputs(arguments)
+    if name == "input_ids":
+        hidden = model.embed_tokens(hidden)
+    beside = {
+        "attention_mask": None,
+        "position_embeddings": None,
+        "use_cache": True,
+        **cache_argument(arguments.get("past_key_values")),
+    }
+    for layer in own_layers(model):
+        hidden = layer(hidden, dual_chunk=layout, **beside)
+    return hidden
+
+
+def over_stages(
+    patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, Any], stage: Stage, call: LinkedCall
+) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """Pass a call through the layers of this rank, chunk by chunk as it comes from the rank before.
+
+    Yields
+    ------
+    start, stop : int
+        The tokens of a chunk, counted in the cache.
+    hidden : torch.Tensor or None
+        On the last rank what the base model hands out for them; None on others.
+    """
+    chunks, stop = stages.cuts(model, run, stage) if stage.is_first else None, run.call.cached
+    cache = {"past_key_values": run.cache}
+    while stop < run.call.end:
+        if chunks is not None:
+            start, stop = next(chunks)
+            part = chunk_of(run, arguments, start, stop)
+            hidden = _one_forward(patched, model, Forward(run, start, stop), part)
+        else:
+            (start, stop, *_), taken = call.take()
+            hidden = _one_forward(patched, model, Forward(run, start, stop), {"inputs_embeds": taken, **cache})
+        if stage.is_last:
+            with torch.no_grad():
+                hidden = model.norm(hidden)
+        else:
+            call.send(start, stop, hidden)
+        yield start, stop, hidden if stage.is_last else None
+    if run.sparse is not None:
+        run.sparse.state.check()  # before the other ranks are told that this one has passed
+
+
+def _over_stages(patched: PatchedMethod, model: Any, stage: Stage, arguments: dict[str, Any]) -> Any:
+    """The hidden states of all tokens, on every rank."""
+    arguments = dict(arguments)
+    with stages.call(model, stage) as call:
+        stages.check_outputs(whole_outputs(model.config, arguments))
+        run = begin(patched, model, model, arguments)
+        size = len(run.call.rows) * run.tokens * model.config.hidden_size * model.dtype.itemsize
+        check_run(model, run, True, beside=size, at_the_end=2 * size)
+        stages.agree(call, run, given_inputs(arguments)[1])
+        arguments["past_key_values"] = run.cache
+        wants_cache, wants_dict = wanted_outputs(model.config, arguments)
+        with run.committed():
+            parts = [part for *_, part in over_stages(patched, model, run, arguments, stage, call) if part is not None]
+            hidden = call.share(torch.cat(parts, dim=1) if parts else None)
+    outputs = stages.outputs(model, "Base", run.cache)
+    return with_fields(outputs, wants_dict, wants_cache, last_hidden_state=hidden)
 
 
 def _in_chunks(patched: PatchedMethod, model: Any, run: Run, arguments: dict[str, Any]) -> Any:
@@ -146,8 +223,13 @@ def chunk_of(run: Run, arguments: dict[str, Any], start: int, stop: int) -> dict
 
 def in_chunks(run: Run, config: Any, arguments: dict[str, Any]) -> bool:
     """Whether a call is cut: it is long, and neither gradients nor outputs of all layers are wanted."""
-    whole = any(_asked(config, arguments, name) for name in _WHOLE_ONLY)
+    whole = any(whole_outputs(config, arguments).values())
     return run.tokens > run.settings.prefill_chunk_size and run.mode != "train" and not whole
+
+
+def whole_outputs(config: Any, arguments: dict[str, Any]) -> dict[str, bool]:
+    """Whether outputs of all layers are asked for, by name."""
+    return {name: _asked(config, arguments, name) for name in _WHOLE_ONLY}
 
 
 def _asked(config: Any, arguments: dict[str, Any], name: str) -> bool:
@@ -177,7 +259,7 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
     settings = settings_of(patched, model.config, cache)
     state = None
     if cache is not None:
-        state = open_cache(cache, (settings.chunk_size, settings.local_size), base.config.num_hidden_layers)
+        state = open_cache(cache, (settings.chunk_size, settings.local_size), layer_count(base))
     check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
@@ -289,7 +371,7 @@ def _sparse(settings: LongContextConfig, model: Any, device: torch.device, cache
 
 def shapes_of(model: Any, device: torch.device) -> Shapes:
     """What the kernels of a base model are compiled for."""
-    heads, first = local_heads(model), model.layers[0]
+    heads, first = local_heads(model), own_layers(model)[0]
     mlp = getattr(first, "mlp", None)
     return Shapes(
         device,

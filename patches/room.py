@@ -23,6 +23,7 @@ from qwen_longctx.prefill.memory import GIB, Device, Need
 from qwen_longctx.prefill.peak import Prefill
 from qwen_longctx.prefill.run import Run
 from qwen_longctx.sparsity.request import rule_name
+from qwen_longctx.stage import own_layers
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def bytes_beside_cache(base: Any, tokens: int, rows: int, settings: LongContextC
 def take_room(base: Any, cache: LongContextCache, rows: int) -> None:
     """Take at once the memory that an empty cache has been given a capacity for."""
     shape = local_shape(base)
-    for number, layer in enumerate(base.layers):
+    for number, layer in enumerate(own_layers(base)):
         store = allocated(cache, number, shape, base.dtype, rows, device_of(layer))
         store.room()  # takes a host cache's buffers on the device
 
@@ -193,4 +194,4 @@ def need_of(base: Any, cache: Any, tokens: int, rows: int, *, padded: bool, beam
 
 def _layers_of(base: Any) -> Counter[torch.device]:
     """How many layers run on each device, in the order of the layers."""
-    return Counter(device_of(layer) for layer in base.layers)
+    return Counter(device_of(layer) for layer in own_layers(base))

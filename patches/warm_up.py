@@ -22,6 +22,7 @@ from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches import base_of, runs, settings_of
 from qwen_longctx.patches.model import Forward, shapes_of
 from qwen_longctx.prefill.run import Run
+from qwen_longctx.stage import layer_count, own_layers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def warm_up(model: nn.Module) -> None:
 
 def _devices(base: Any) -> list[torch.device]:
     """Where the layers of a base model compute, each device once."""
-    return list(dict.fromkeys(device_of(layer) for layer in base.layers))
+    return list(dict.fromkeys(device_of(layer) for layer in own_layers(base)))
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
         request = sparsity.make_request(name, short, base.config, local_heads(base), state.sparse, tokens)
         if device.type == "cuda":
             compile_ahead(request, shapes_of(base, device), _LONG)
-    open_cache(cache, (short.chunk_size, short.local_size), base.config.num_hidden_layers)
+    open_cache(cache, (short.chunk_size, short.local_size), layer_count(base))
     run = Run(Call.whole(1, tokens), short, "prefill", cache, device, sparse=request, model=base)
     with run.committed():
         for start in range(0, tokens, short.prefill_chunk_size):

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -24,8 +24,10 @@ __version__ = "0.1.0"
 __all__ = [
     "LongContextCache",
     "LongContextConfig",
+    "load_stage",
     "patch_qwen",
     "patched_qwen",
+    "pipeline_parallel",
     "settings_of",
     "unpatch_qwen",
     "warm_up",
@@ -124,10 +126,94 @@ def settings_of(model: Any) -> LongContextConfig | None:
 
 
 def unpatch_qwen(model: Any = None) -> None:
-    """Undo `patch_qwen` of the same argument exactly; nothing happens where nothing is patched."""
+    """Undo `patch_qwen` of the same argument exactly; nothing happens where nothing is patched.
+
+    A model that `pipeline_parallel` has divided leaves its pipeline.
+    """
     from qwen_longctx import patches
 
     patches.revert(model)
+    if model is not None:
+        from qwen_longctx.patches import pipeline
+
+        pipeline.end(model)
+
+
+def pipeline_parallel(
+    model: Model, group: Any = None, *, layers: Sequence[int] | None = None, timeout: float = 600.0
+) -> Model:
+    """Divide the layers of a model among the processes of a group, which work on several chunks of a prompt at once.
+
+    Every process calls this together with the others, and from then on makes the same calls of the model on the same
+    inputs, `generate` included; every one gets the same outputs. Rank 0 embeds, the last rank has the head. Sampling
+    draws from the random state of rank 0. Call it before or after `patch_qwen`, which it needs; ``unpatch_qwen(model)``
+    ends it. See ``docs/several-devices.md``.
+
+    A process that fails, ends or is called with something else ends the call in all of them with an error. Where all
+    processes are left, the model and its caches are as they were before the call.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Whole, or loaded by `load_stage`. What this process does not run stays where it is and is not touched.
+    group : torch.distributed.ProcessGroup, optional
+        "nccl" for CUDA devices, "gloo" for the CPU; by default that of all processes.
+    layers : sequence of int, optional
+        How many layers each rank runs, in order; by default as even as they go.
+    timeout : float
+        Seconds for which a process waits for a word of another before it gives up.
+
+    Returns
+    -------
+    The model.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        A wrong argument, no process group, or a model that cannot be divided.
+    RankFailed
+        Another process could not do its part.
+    """
+    from qwen_longctx.patches import pipeline
+
+    pipeline.divide(model, group, layers, timeout)
+    return model
+
+
+def load_stage(
+    checkpoint: str | Path,
+    group: Any = None,
+    *,
+    layers: Sequence[int] | None = None,
+    device: Any = None,
+    timeout: float = 600.0,
+    **options: Any,
+) -> Any:
+    """Load a checkpoint with only the layers that this process runs, and divide it by `pipeline_parallel`.
+
+    Parameters
+    ----------
+    checkpoint : str or path
+        As for ``AutoModelForCausalLM.from_pretrained``.
+    group, layers, timeout
+        As for `pipeline_parallel`.
+    device : torch.device, optional
+        By default the current CUDA device of this process, and the CPU in a group of the backend "gloo".
+    **options
+        More arguments of ``from_pretrained``, such as ``dtype``.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        Weights of other processes are on the meta device.
+
+    Raises
+    ------
+    As `pipeline_parallel` and ``from_pretrained``.
+    """
+    from qwen_longctx.patches import pipeline
+
+    return pipeline.load(checkpoint, group, layers, device, timeout, options)
 
 
 @contextmanager

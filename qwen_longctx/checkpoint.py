@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qwen_longctx.errors import InvalidType, InvalidValue
+from qwen_longctx.stage import stage_of
 
 GEOMETRY_KEYS = ("chunk_size", "local_size", "original_max_position_embeddings")
 SPARSE_KEYS = ("sparse_attention_threshold", "sparse_attention_config")
@@ -100,8 +101,10 @@ def _size(config: Any, name: str) -> int:
 
 
 def local_shape(model: Any) -> Shape:
-    """The shape of what this process holds of a live model, which under tensor parallelism is a part."""
-    return Shape.of(model.config, _place(model)[0])
+    """The shape of what this process holds of a live model: a part of the heads, or of the layers, among several."""
+    shape, base = Shape.of(model.config, _place(model)[0]), getattr(model, "model", model)
+    stage = stage_of(base)
+    return shape if stage is None else replace(shape, layers=stage.stop - stage.first)
 
 
 def local_heads(model: Any) -> Heads:

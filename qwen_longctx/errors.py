@@ -41,3 +41,7 @@ class PatchConflict(Refused, RuntimeError):
 
 class NotFinite(Refused, RuntimeError):
     """A model computes what is no number, and a run on it would mean nothing."""
+
+
+class RankFailed(Refused, RuntimeError):
+    """Another process of a pipeline failed or ended, and what all of them did together ends with it."""

@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen
-from qwen_longctx.checkpoint import local_heads
+from qwen_longctx.checkpoint import Shape, local_shape
 from qwen_longctx.config import share
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.evaluation import corpus, passkey
@@ -125,8 +125,10 @@ def calibrate(
         The model is divided among processes, each of which would know its own heads only.
     """
     steps = Steps(threshold, step, rounds)
-    if local_heads(model).query != model.config.num_attention_heads:
-        raise Unsupported("calibrate needs all heads in one process: load the model without tensor parallelism")
+    if local_shape(model) != Shape.of(model.config):
+        raise Unsupported(
+            "calibrate needs all heads and layers in one process: load the model on one device, or by device_map"
+        )
     for ids in texts:
         passkey.check_tokens(ids, model.config.vocab_size)
     check(model.config, [ids.shape[1] for ids in texts], start, overrides)

@@ -139,6 +139,8 @@ class Layout:
         is captured and repeated. Else it is written behind those that the cache holds.
     keep : float, optional
         Share of the keys that the queries of such a forward attend to; None is all.
+    first_layer : int
+        Number of the layer that is the first one of the cache.
     attended : list of int
         Numbers of the layers whose attention has used this layout, in order.
     """
@@ -154,6 +156,7 @@ class Layout:
     reach: Reach | None = None
     slot: torch.Tensor | None = None
     keep: float | None = None
+    first_layer: int = 0
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
 

@@ -57,12 +57,12 @@ def fingerprint(base: Any) -> dict[str, Any]:
     Raises
     ------
     NotImplementedError
-        This process holds a part of the model's heads.
+        This process holds a part of the model's heads or layers.
     """
     if local_shape(base) != Shape.of(base.config):
         raise Unsupported(
-            "prefixes are saved and loaded whole, and under tensor parallelism each process holds a part of the "
-            "heads: load the model on one device, or by device_map on several"
+            "prefixes are saved and loaded whole, and under tensor parallelism, or in a pipeline over processes, each "
+            "process holds a part: load the model on one device, or by device_map on several"
         )
     rotary = base.rotary_emb
     return {
