@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import pickle
 import secrets
 import socket
 import threading
@@ -91,9 +92,11 @@ class Link:
         while (ready := wait([*ranks, self._wake])) and self._wake not in ready:
             for connection in ready:
                 try:
-                    message: Any = connection.recv()  # type: ignore[union-attr, call-arg]
+                    message = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, OSError):
                     self._lose(ranks.pop(connection), "its process has ended, or has left the pipeline")
+                except Exception as error:
+                    self._lose(ranks.pop(connection), f"what it says cannot be read: {describe(error)}")
                 else:
                     self._hear(ranks[connection], message)
         for connection in [*self._peers.values(), self._wake, self._woken]:
@@ -120,9 +123,11 @@ class Link:
 
     def tell(self, ranks: Any, kind: str, content: Any = None) -> None:
         """Send a message of the call in progress to some ranks; that one of them has ended shows in waits."""
+        # not by the pickle of multiprocessing, for which torch would put tensors into shared memory
+        message = pickle.dumps(_Message(kind, self._number, content))
         for rank in ranks:
             with suppress(OSError):
-                self._peers[rank].send(_Message(kind, self._number, content))
+                self._peers[rank].send_bytes(message)
 
     def hear(self, rank: int, kind: str, *, heeding: bool = True) -> Any:
         """Wait for a message of the call in progress.
