@@ -76,7 +76,7 @@ class Link:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._peers = peers
         self._heard: dict[tuple[int, str, int], deque[Any]] = {}  # by rank, kind and call
-        self._failed: dict[int, tuple[int, str]] = {}  # by rank: the last call that failed there, and why
+        self._failed: dict[int, tuple[int, str]] = {}  # by call: the rank where it failed first, and why
         self._gone: dict[int, str] = {}
         self._news = threading.Condition()
         self._turn = threading.Lock()  # held by the call in progress
@@ -105,7 +105,7 @@ class Link:
     def _hear(self, rank: int, message: _Message) -> None:
         with self._news:
             if message.kind == "failed":
-                self._failed[rank] = message.call, message.content
+                self._failed.setdefault(message.call, (rank, message.content))
             else:
                 self._heard.setdefault((rank, message.kind, message.call), deque()).append(message.content)
             self._news.notify_all()
@@ -147,8 +147,9 @@ class Link:
         key, until = (rank, kind, self._number), time.monotonic() + self.timeout
         with self._news:
             while True:
-                if heeding:
-                    self._check_failures()
+                if heeding and self._number in self._failed:
+                    where, why = self._failed[self._number]
+                    raise RankFailed(f"rank {where} of the pipeline failed, and so does this one: {why}")
                 if self._heard.get(key):
                     return self._heard[key].popleft()
                 self._check_gone()
@@ -157,11 +158,6 @@ class Link:
         why = f"it has not answered for {self.timeout:g} s"
         self._lose(rank, why)
         raise RankFailed(_ended(rank, why))
-
-    def _check_failures(self) -> None:
-        for rank, (call, why) in self._failed.items():
-            if call >= self._number:
-                raise RankFailed(f"rank {rank} of the pipeline failed, and so does this one: {why}")
 
     def _check_gone(self) -> None:
         """Refuse to wait where a rank is gone, unless it had done its part of the call before."""
@@ -205,6 +201,7 @@ class Link:
             with self._news:
                 self._number += 1
                 self._heard = {key: held for key, held in self._heard.items() if key[2] >= self._number}
+                self._failed = {number: said for number, said in self._failed.items() if number >= self._number}
             call = LinkedCall(self, device)
             try:
                 yield call
