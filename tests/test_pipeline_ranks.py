@@ -22,7 +22,8 @@ LAYERS = [2, 1, 1]
 GEOMETRY = {"chunk_size": 128, "local_size": 32, "original_max_position_embeddings": 128}
 BUDGETS = [{str(h): ["vertical_and_slash", 31 + 9 * h + layer, 101, 0.5] for h in range(4)} for layer in range(4)]
 SPARSE = {"sparse_attention_threshold": 150, "prefill_chunk_size": 64, "block_size": 32}
-BLOCKS = {**SPARSE, "sparse": "block_scores", "recall_target": 0.7}
+BLOCKS = {**SPARSE, "sparse": "block_scores", "density": 0.3}
+STEERED = {**SPARSE, "sparse": "block_scores", "recall_target": 0.7}
 SLASH = {**SPARSE, "sparse": "vertical_slash", "sparse_attention_config": BUDGETS}
 
 
@@ -52,7 +53,8 @@ def scenes() -> dict[str, Any]:
             (worker.DENSE, "int8", *two),
             (worker.DENSE, "host", *long),
             (BLOCKS, "device", ids, None),
-            (BLOCKS, "fp8", *two),
+            (BLOCKS, "fp8", ids, None),
+            (STEERED, "device", ids, None),
             (SLASH, "device", ids, None),
         ],
         "tokens": [
