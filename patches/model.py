@@ -20,6 +20,7 @@ from qwen_longctx.patches import graphs
 from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.linear import takes_rows
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod
+from qwen_longctx.patches.pipelined import pipelined
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
 from qwen_longctx.prefill.run import Run
@@ -52,6 +53,7 @@ def model_forward(
         return patched.call(self, **arguments)
     run = begin(patched, self, self, arguments)
     cut = in_chunks(run, self.config, arguments)
+    run = pipelined(self, run) if cut else run
     # hidden states of all chunks are written to one tensor
     hidden = cut * len(run.call.rows) * run.tokens * self.config.hidden_size * self.dtype.itemsize
     check_run(self, run, cut, beside=hidden, at_the_end=hidden)

@@ -161,6 +161,7 @@ def check_run(base: Any, run: Run, cut: bool, *, beside: int, at_the_end: int) -
     whole = not cut and run.tokens > run.settings.prefill_chunk_size
     need = need_of(base, run.cache, run.call.end, len(run.call.rows), padded=padded)
     need = need._replace(outputs=beside, at_the_end=at_the_end, own=run.new_cache, whole=whole)
+    need = need._replace(ahead=0 if run.pipeline is None else run.pipeline.most)
     settings = run.settings if cut else replace(run.settings, prefill_chunk_size=run.tokens)
     # which generate alone captures
     settings = replace(with_kind_of(run.cache, settings), cuda_graphs=False)
