@@ -9,8 +9,9 @@ import torch
 
 from qwen_longctx import ops
 from qwen_longctx.checkpoint import local_shape
+from qwen_longctx.config import LongContextConfig
 from qwen_longctx.kv.sequence import sequence_of
-from qwen_longctx.prefill.pipeline import Pipeline, stages_of, why_not
+from qwen_longctx.prefill.pipeline import Pipeline, most_under_way, stages_of, why_not
 from qwen_longctx.prefill.run import Run
 from qwen_longctx.prefill.schedule import Schedule, cost_of
 
@@ -30,7 +31,7 @@ def pipelined(base: Any, run: Run, picked: bool = False) -> Run:
     """
     if run.settings.pipeline == "off" or run.cache is None or torch.compiler.is_compiling():
         return run
-    layers = base.layers[: base.config.num_hidden_layers]
+    layers = _layers(base)
     stages = stages_of(layers)
     if len(stages) == 1:
         return run
@@ -53,6 +54,18 @@ def pipelined(base: Any, run: Run, picked: bool = False) -> Run:
         "waits": _waits(base, run, stages[0].device, picked),
     }
     return run
+
+
+def chunks_ahead(base: Any, tokens: int, settings: LongContextConfig) -> int:
+    """Chunks of a prompt of so many new tokens that are under way at once at most; 0 where it is one after another."""
+    stages = stages_of(_layers(base))
+    if settings.pipeline == "off" or tokens <= settings.prefill_chunk_size or len(stages) == 1:
+        return 0
+    return 0 if why_not(stages, base) else most_under_way(stages)
+
+
+def _layers(base: Any) -> Any:
+    return base.layers[: base.config.num_hidden_layers]
 
 
 def _waits(base: Any, run: Run, device: torch.device, picked: bool) -> list[str]:

@@ -65,9 +65,8 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers of the host as a tensor on a device, for which nobody waits: it is copied from pinned memory."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    here = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -64,6 +64,11 @@ def why_not(stages: Sequence[Stage], base: nn.Module) -> str:
     return "" if norm == devices[-1] else f"the last layer lies on {devices[-1]} and the norm behind it on {norm}"
 
 
+def most_under_way(stages: Sequence[Stage]) -> int:
+    """Chunks that are queued and not done at most: one for each device, and one for which none has to wait."""
+    return len(stages) + 1
+
+
 def _offloaded(layer: nn.Module) -> bool:
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
     return any(getattr(one, "offload", False) for hook in hooks for one in getattr(hook, "hooks", (hook,)))
@@ -213,7 +218,7 @@ class Pipeline:
         schedule: Schedule,
         streams: Streams | None = None,
     ) -> None:
-        self.stages, self.schedule, self.most = tuple(stages), schedule, len(stages) + 1
+        self.stages, self.schedule, self.most = tuple(stages), schedule, most_under_way(stages)
         cuda = all(stage.device.type == "cuda" for stage in stages)
         self._streams = streams or (CudaStreams(stages) if cuda else Streams(stages))
         self._layers = layers
