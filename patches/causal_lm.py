@@ -22,6 +22,7 @@ from qwen_longctx.patches.model import (
     whole_outputs,
     with_fields,
 )
+from qwen_longctx.patches.pipelined import pipelined
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.prefill.run import Run
 from qwen_longctx.stage import Stage, stage_of
@@ -44,6 +45,8 @@ def causal_lm_forward(
     run = begin(patched, self, self.model, arguments)
     _check_labels(labels, run, self.config.vocab_size, arguments.get("ignore_index", -100))
     cut = in_chunks(run, self.config, arguments)
+    if cut:
+        run = pipelined(self.model, run, picked=labels is None and isinstance(logits_to_keep, torch.Tensor))
     _check_room(self, run, labels is not None, logits_to_keep, cut)
     arguments["past_key_values"] = run.cache
     with run.committed():
@@ -81,6 +84,7 @@ def _check_room(model: Any, run: Run, loss: bool, logits_to_keep: Any, cut: bool
         kept = logits_to_keep.shape[-1] if logits_to_keep.ndim else 1
     row, size = len(run.call.rows) * model.config.vocab_size, model.dtype.itemsize
     last = (run.tokens - 1) % run.settings.prefill_chunk_size + 1 if cut else run.tokens
+    last = last if run.pipeline is None else 0  # which may have few tokens there
     # while the last chunk passes, those of the others are there; then all are joined, and a loss takes them in float32
     at_the_end = kept * row * ((2 if cut else 1) * size + 2 * 4 * loss)
     check_run(model.model, run, cut, beside=max(0, kept - last) * row * size, at_the_end=at_the_end)
@@ -103,12 +107,12 @@ def _in_chunks(
     for start, stop in run.chunks():
         first = start - run.call.cached
         inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
+        part, forward = chunk_of(run, arguments, start, stop), Forward(run, start, stop)
+        if len(inside) == 0 and stop < run.call.end:
+            model.model(**part, dual_chunk_forward=forward)
+            continue
         outputs = patched.call(
-            model,
-            **chunk_of(run, arguments, start, stop),
-            # one row is computed and dropped where none is wanted: the stock forward has no "none"
-            logits_to_keep=inside - first if len(inside) else 1,  # on the host: the head may lie on any device
-            dual_chunk_forward=Forward(run, start, stop),
+            model, **part, logits_to_keep=_keep(inside - first, stop - start), dual_chunk_forward=forward
         )
         if len(inside):
             logits.append(outputs.logits)
@@ -147,18 +151,29 @@ def _over_stages(
         arguments["past_key_values"] = run.cache
         wants_cache, wants_dict = wanted_outputs(model.config, arguments)
         with run.committed():
-            logits = [] if stage.is_last else None
+            logits = []
             for start, stop, hidden in over_stages(patched, base, run, arguments, stage, call):
                 first = start - run.call.cached
                 inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
-                if logits is not None and hidden is not None:
+                if hidden is not None and (len(inside) or (stop == run.call.end and not logits)):
                     with torch.no_grad():
-                        logits.append(model.lm_head(hidden[:, inside - first]))
-            every = call.share(None if logits is None else torch.cat(logits, dim=1))
+                        logits.append(model.lm_head(_stock_slice(hidden, _keep(inside - first, stop - start))))
+            every = call.share(torch.cat(logits, dim=1) if logits else None)[:, : len(computed)]
     fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
     if labels is not None:
         fields["loss"] = _loss(patched, model, every, labels, arguments)
     return with_fields(stages.outputs(model, "CausalLM", run.cache), wants_dict, wants_cache, **fields)
+
+
+def _keep(inside: torch.Tensor, tokens: int) -> Any:
+    """`logits_to_keep` for some tokens of a chunk of so many, ascending numbers on the host: the head may lie anywhere.
+
+    A number where they are the last ones, since an index would make the host wait for the device. One row is computed
+    and dropped where none is wanted: the stock forward has no "none".
+    """
+    if len(inside) == 0:
+        return 1
+    return len(inside) if int(inside[0]) + len(inside) == tokens else inside
 
 
 def _wanted(logits_to_keep: Any, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

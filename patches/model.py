@@ -22,6 +22,7 @@ from qwen_longctx.patches import graphs, stages
 from qwen_longctx.patches.attention import check_attended
 from qwen_longctx.patches.linear import takes_rows
 from qwen_longctx.patches.method import OLD_NAME, PatchedMethod, cache_argument
+from qwen_longctx.patches.pipelined import pipelined
 from qwen_longctx.patches.room import check_run
 from qwen_longctx.patches.runs import in_stock_generate
 from qwen_longctx.prefill.link import LinkedCall
@@ -59,6 +60,7 @@ def model_forward(
         return _over_stages(patched, self, stage, arguments)
     run = begin(patched, self, self, arguments)
     cut = in_chunks(run, self.config, arguments)
+    run = pipelined(self, run) if cut else run
     # hidden states of all chunks are written to one tensor
     hidden = cut * len(run.call.rows) * run.tokens * self.config.hidden_size * self.dtype.itemsize
     check_run(self, run, cut, beside=hidden, at_the_end=hidden)
@@ -142,16 +144,10 @@ def over_stages(
     hidden : torch.Tensor or None
         On the last rank what the base model hands out for them; None on others.
     """
-    chunks, stop = stages.cuts(model, run, stage) if stage.is_first else None, run.call.cached
-    cache = {"past_key_values": run.cache}
-    while stop < run.call.end:
-        if chunks is not None:
-            start, stop = next(chunks)
-            part = chunk_of(run, arguments, start, stop)
-            hidden = _one_forward(patched, model, Forward(run, start, stop), part)
-        else:
-            (start, stop, *_), taken = call.take()
-            hidden = _one_forward(patched, model, Forward(run, start, stop), {"inputs_embeds": taken, **cache})
+    state = {"past_key_values": run.cache}
+    for start, stop, taken in stages.chunks(model, run, stage, call):
+        part = chunk_of(run, arguments, start, stop) if taken is None else {"inputs_embeds": taken, **state}
+        hidden = _one_forward(patched, model, Forward(run, start, stop), part)
         if stage.is_last:
             with torch.no_grad():
                 hidden = model.norm(hidden)

@@ -18,6 +18,7 @@ from qwen_longctx.kv.host import HostStore
 from qwen_longctx.kv.saved import allocated
 from qwen_longctx.kv.sequence import held_tokens, sequence_of
 from qwen_longctx.ops.device import device_of
+from qwen_longctx.patches.pipelined import chunks_ahead
 from qwen_longctx.prefill import memory
 from qwen_longctx.prefill.memory import GIB, Device, Need
 from qwen_longctx.prefill.peak import Prefill
@@ -68,7 +69,7 @@ def check_room(
     known = {device: free for device in layers if (free := memory.free_bytes(device)) is not None}
     if not known:
         return
-    shape = local_shape(base)
+    shape, need = local_shape(base), need._replace(ahead=chunks_ahead(base, need.tokens - need.held, settings))
     if all(rule_name(settings, device, need.dtype, shape.head_dim) is None for device in known):
         settings = replace(settings, sparse="off")  # "auto" gives way where no fast kernel takes block lists
     devices = [Device(str(device), layers[device], free) for device, free in known.items()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,10 +15,11 @@ from transformers import modeling_outputs
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import Unsupported
 from qwen_longctx.kv.hf_cache import LongContextCache
+from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches.method import cache_argument
 from qwen_longctx.prefill.link import LinkedCall
-from qwen_longctx.prefill.run import Run
+from qwen_longctx.prefill.run import Run, bar
 from qwen_longctx.prefill.schedule import Schedule, cost_of
 from qwen_longctx.stage import Stage, own_layers
 
@@ -87,12 +90,65 @@ def _digest(value: Any) -> str:
     return f"{'x'.join(map(str, value.shape))} numbers, CRC {zlib.crc32(content):08x}"
 
 
-def cuts(base: Any, run: Run, stage: Stage) -> Iterator[tuple[int, int]]:
-    """The chunks of a prefill, which the first rank decides and announces: they should all take equal time."""
-    rule = None if run.sparse is None else run.sparse.name
-    cost = cost_of(Shape.of(base.config), run.settings, rule)
-    size = run.settings.prefill_chunk_size
-    return iter(Schedule(run.call.cached, run.call.end, size, stages=stage.ranks, cost=cost))
+def chunks(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """The chunks of a run as they come to this rank: first token, the one after the last, and hidden states.
+
+    The first rank cuts them, so that they take equal time, and has no hidden states yet. The others are told.
+    """
+    done: list[tuple[int, int]] = []
+    if run.cache is not None and run.mode == "prefill":
+        sequence_of(run.cache).pipeline = {"stages": stage.ranks, "chunks": done}
+    one_by_one = run.settings.pipeline == "off"
+    if stage.is_first:
+        for start, stop in _cuts(base, run, stage, call):
+            yield start, stop, None
+            done.append((start, stop))
+            if one_by_one:
+                call.follow()
+    else:
+        stop = run.call.cached
+        while stop < run.call.end:
+            (start, stop, *_), hidden = call.take()
+            yield start, stop, hidden
+            done.append((start, stop))
+            if one_by_one and stage.is_last:
+                call.arrive()
+
+
+def _cuts(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tuple[int, int]]:
+    """The chunks that the first rank cuts, measured if the settings ask for that."""
+    kind, size = run.settings.pipeline, run.settings.prefill_chunk_size
+    cost = None
+    if kind in ("auto", "measured"):
+        cost = cost_of(Shape.of(base.config), run.settings, None if run.sparse is None else run.sparse.name)
+    count, fitted = (1 if cost is None else stage.ranks), kind == "measured"
+    schedule = Schedule(run.call.cached, run.call.end, size, count, cost, fitted=fitted)
+    marks: deque[tuple[int, int, Any, Any]] = deque()
+    with bar(run.tokens, hidden=run.tokens <= size) as shown:
+        for start, stop in schedule:
+            begin = _mark(call.device) if fitted else None
+            yield start, stop
+            if fitted:
+                marks.append((start, stop, begin, _mark(call.device)))
+            while marks and (took := _seconds(*marks[0][2:])) is not None:
+                schedule.measured(*marks.popleft()[:2], took)
+            shown.update(stop - start)
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in the work of a device, and on the CPU the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(first: Any, last: Any) -> float | None:
+    """Seconds between two points; None while the second has not passed."""
+    if isinstance(last, float):
+        return last - first
+    return first.elapsed_time(last) / 1000 if last.query() else None
 
 
 def outputs(model: Any, name: str, cache: Any, **fields: Any) -> Any:

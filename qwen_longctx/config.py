@@ -26,6 +26,7 @@ KERNELS = ("auto", "fa4", "flex", "sdpa", "reference")
 _OF_SCORES = ("fidelity", "density", "mass", "score_threshold")
 RULES: dict[str, tuple[str, ...]] = {"block_scores": _OF_SCORES, "exact_shares": _OF_SCORES, "vertical_slash": ()}
 LINEAR = ("auto", "fp8")
+PIPELINES = ("auto", "equal", "measured", "off")
 SPARSE = ("off", "auto", *RULES)
 _LARGEST_BLOCK = 128
 _LARGEST_CHUNK = 1 << 62  # positions are 64-bit integers, and two chunks must fit
@@ -93,14 +94,16 @@ class Geometry(_Part):
 
 @dataclass(frozen=True)
 class Prefill(_Part):
-    """Tokens that pass through the model, and through an MLP, at a time."""
+    """Tokens that pass through the model, and through an MLP, at a time; and how several devices share them."""
 
     prefill_chunk_size: int = 32768
     mlp_chunk_size: int = 2048
+    pipeline: str = "auto"
 
     def __post_init__(self) -> None:
         self._whole_number("prefill_chunk_size")
         self._whole_number("mlp_chunk_size")
+        self._choice("pipeline", PIPELINES)
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,10 @@ class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # f
         Tokens of a prompt that pass through the model at a time.
     mlp_chunk_size : int
         Tokens that pass through an MLP at a time.
+    pipeline : {"auto", "equal", "measured", "off"}
+        Where layers lie on several CUDA devices, these work on neighbouring chunks of a prompt at once: on chunks of
+        equal time by the model's shape ("auto", the same in every run), of equal length, or of equal time as the first
+        chunks were measured. "off" is one chunk at a time. See ``docs/several-devices.md``.
     sparse : {"off", "auto", "block_scores", "exact_shares", "vertical_slash"}
         How prefill chooses keys. "auto" is "block_scores" where a fast kernel takes block lists and the prompt is long
         enough for this model that it is faster, else dense. "exact_shares" is for study: slower than dense.

@@ -26,6 +26,7 @@ from qwen_longctx import (
 )
 from qwen_longctx.stage import stage_of
 
+PIPELINES = ("auto", "equal", "measured", "off")
 DENSE = {"sparse": "off", "prefill_chunk_size": 50}
 SLOW = 0.1  # seconds of a layer in the scene about time
 
@@ -165,7 +166,7 @@ def failures(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def timeline(model: Any, ids: torch.Tensor) -> list[list[float]]:
+def timeline(model: Any, ids: torch.Tensor, pipeline: str) -> list[list[float]]:
     """When this rank began and ended its layers' work on each chunk, by a clock that all processes share."""
     begun: list[float] = []
     ended: list[float] = []
@@ -176,9 +177,22 @@ def timeline(model: Any, ids: torch.Tensor) -> list[list[float]]:
         time.sleep(SLOW)
         ended.append(time.monotonic())
 
-    with patched_qwen(model, **DENSE), hooked(model, stage.first, slow):
+    with patched_qwen(model, **DENSE, pipeline=pipeline), hooked(model, stage.first, slow):
         model(ids[:, :300], logits_to_keep=1)
     return [begun, ended]
+
+
+@torch.no_grad()
+def chunks_of(model: Any) -> dict[str, Any]:
+    """Where a prompt is cut under every setting, and its last logits."""
+    ids = torch.randint(1, 90, (1, 7000), generator=torch.Generator().manual_seed(8))
+    said = {}
+    for name in PIPELINES:
+        cache = LongContextCache()
+        with patched_qwen(model, sparse="off", prefill_chunk_size=3000, pipeline=name):
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        said[name] = cache.report()["pipeline"], logits
+    return said
 
 
 @torch.no_grad()
@@ -260,7 +274,9 @@ def main(folder: Path) -> None:
     note("tokens", [tokens_of(model, *scene) for scene in scenes["tokens"]])
     note("seed", torch.rand(1).item())
     note("failures", failures(model, scenes["ids"]))
-    note("timeline", timeline(model, scenes["ids"]))
+    note("timeline", timeline(model, scenes["ids"], "auto"))
+    note("one by one", timeline(model, scenes["ids"], "off"))
+    note("chunks", chunks_of(model))
     note("two", of_two(folder, scenes["ids"], 30))
     note("silent", silent(folder, scenes["ids"]))
     note("killed", killed(model, scenes["ids"]))

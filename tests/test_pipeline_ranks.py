@@ -200,8 +200,27 @@ def test_ranks_work_on_different_chunks_at_once(played):
         (starts, _), (_, ends) = times[rank], times[rank + 1]
         together = sum(start < end for start, end in zip(starts[1:], ends[:-1], strict=True))
         assert together >= chunks - 2
-    whole = max(ended[-1] for _, ended in times) - times[0][0][0]
-    assert whole < 0.75 * RANKS * chunks * worker.SLOW
+
+
+def test_one_chunk_after_another_where_that_is_asked_for(played):
+    times = played.of("one by one")
+    (starts, _), (_, ends) = times[0], times[-1]
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+
+
+@torch.no_grad()
+def test_all_ranks_cut_alike(played):
+    """Under every setting, also where the first rank measures, which no other could know of."""
+    one, *others = played.of("chunks")
+    for name, (report, logits) in one.items():
+        chunks = report["chunks"]
+        assert report["stages"] == RANKS and chunks[0][0] == 0 and chunks[-1][1] == 7000
+        assert all(stop == start for (_, stop), (start, _) in zip(chunks, chunks[1:], strict=False))
+        for other in others:
+            assert other[name][0] == report and torch.equal(other[name][1], logits)
+        torch.testing.assert_close(logits, one["off"][1], atol=1e-12, rtol=1e-12)
+    assert one["equal"][0]["chunks"] == one["off"][0]["chunks"] == [(0, 3000), (3000, 6000), (6000, 7000)]
+    assert one["auto"][0]["chunks"] != one["equal"][0]["chunks"]
 
 
 @torch.no_grad()

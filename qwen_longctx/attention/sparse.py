@@ -99,7 +99,7 @@ def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Te
     """Budgets for the first span of a layer: tried on its last tile alone until that recalls what it should.
 
     Looking at them waits for the device, which takes less than a trial that changes nothing: a small model's are bound
-    by launches.
+    by launches. A host that is ahead of several devices does not look: further trials change nothing either.
     """
     rule, target = request.rule, request.recall_target
     budget = torch.full((view.heads,), rule.start, dtype=torch.float32, device=view.k.device)
@@ -109,7 +109,7 @@ def _first_budget(view: SpanView, v: torch.Tensor, request: Request) -> torch.Te
     lse = _dense_lse(last, request)
     for _ in range(_TRIALS):
         before, budget = budget, steer(budget, _attend_once(last, v, request, budget, lse).record.recall, target, rule)
-        if torch.equal(budget, before):
+        if not request.ahead and torch.equal(budget, before):
             break
     return budget
 

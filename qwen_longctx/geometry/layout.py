@@ -20,6 +20,7 @@ from qwen_longctx.geometry import step
 from qwen_longctx.geometry.positions import Kind, Span, spans
 from qwen_longctx.geometry.rotary import RotaryTables, temperature
 from qwen_longctx.ops.decode import MOST_TOKENS, Reach, why_not
+from qwen_longctx.ops.device import on_device
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -159,6 +160,11 @@ class Layout:
     first_layer: int = 0
     attended: list[int] = field(default_factory=list, repr=False)
     _moved: dict[torch.device, Layout] = field(default_factory=dict, repr=False)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of this layout."""
+        reach = () if self.reach is None else (x for x in self.reach if isinstance(x, torch.Tensor))
+        return [*self.tables.tensors(), *reach]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Layout:
         """This layout with its tables on `device`; accelerate calls it before each layer of another device."""
@@ -436,7 +442,7 @@ def _positions(call: Call, start: int, stop: int, device: torch.device) -> torch
     firsts = [row.first for row in call.rows]
     if len(set(firsts)) == 1:
         return (index - firsts[0]).clamp(min=0)[None] if firsts[0] else index[None]
-    return (index - torch.tensor(firsts, device=device)[:, None]).clamp(min=0)
+    return (index - on_device(firsts, torch.int64, device)[:, None]).clamp(min=0)
 
 
 def _groups(
@@ -477,6 +483,6 @@ def _query_factors(
     if positions.shape[0] == 1 and len(set(zip(prompts, varying, strict=True))) == 1:
         prompts, varying = prompts[:1], varying[:1]
     exact = torch.float32 if device.type == "mps" else torch.float64
-    lengths = torch.maximum(positions + 1, torch.tensor(prompts, device=device)[:, None]).to(exact)
+    lengths = torch.maximum(positions + 1, on_device(prompts, torch.int64, device)[:, None]).to(exact)
     factor = temperature(lengths, settings.original_max_position_embeddings)
-    return factor.where(torch.tensor(varying, device=device)[:, None], 1.0)
+    return factor.where(on_device(varying, torch.bool, device)[:, None], 1.0)

@@ -108,7 +108,7 @@ class RotaryTables:
         factors: torch.Tensor | None = None,
     ) -> None:
         table = partial(rotation, inv_freq=inv_freq, attention_scaling=attention_scaling, dtype=dtype)
-        self._table = table
+        self._table: partial[Rotation] | None = table
         self._geometry = stride, chunk_size
         self._factors = factors
         self.spots = key_positions(positions, stride)
@@ -132,7 +132,7 @@ class RotaryTables:
         """The rotation of keys alone, of a forward whose queries have theirs in a `Reach`."""
         tables = object.__new__(cls)
         tables.spots, tables.source = spots, (inv_freq, attention_scaling)
-        tables.keys, tables.queries, tables._factors = keys, {}, None
+        tables.keys, tables.queries, tables._factors, tables._table = keys, {}, None, None
         return tables
 
     def selection(self, kind: Kind, positions: torch.Tensor, rows: slice, tokens: slice) -> Rotation:
@@ -149,13 +149,22 @@ class RotaryTables:
         factors = self._factors
         if factors is not None:
             factors = factors[rows if factors.shape[0] > 1 else slice(None), tokens]
+        assert self._table is not None
         return self._table(selection_positions(kind, positions, *self._geometry), factor=factors)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of these tables."""
+        tables = [part for table in (self.keys, *self.queries.values()) for part in table]
+        return [*tables, self.spots, self.source[0], *([] if self._factors is None else [self._factors])]
 
     def to(self, device: torch.device) -> RotaryTables:
         """The same tables on another device."""
         moved = copy(self)
         moved._factors = None if self._factors is None else self._factors.to(device, non_blocking=True)
         moved.spots = self.spots.to(device, non_blocking=True)
+        moved.source = self.source[0].to(device, non_blocking=True), self.source[1]
+        if self._table is not None:
+            moved._table = partial(self._table.func, **{**self._table.keywords, "inv_freq": moved.source[0]})
         moved.keys = Rotation(*(t.to(device, non_blocking=True) for t in self.keys))
         moved.queries = {
             kind: moved.keys if table is self.keys else Rotation(*(t.to(device, non_blocking=True) for t in table))

@@ -247,6 +247,9 @@ class LongContextCache(DynamicCache):
         the recall of its worst head, and the share of spans and heads on which recall was measured. All of it counts
         what was done: every turn since the cache was empty, also tokens that were cropped since, but neither tokens
         that were generated nor drafts.
+
+        Where layers lie on several devices, "pipeline" says of the newest prefill how many "stages" worked at once, the
+        "chunks" as first and last token, and what made the host wait ("waits"); or "why_not".
         """
         state = self.qwen_longctx
         seconds = state.prefill_seconds
@@ -257,6 +260,7 @@ class LongContextCache(DynamicCache):
             "prefill_seconds": seconds,
             "tokens_per_second": state.prefill_tokens / seconds if seconds else 0.0,
             "peak_memory_bytes": state.peak_memory_bytes,
+            **({} if state.pipeline is None else {"pipeline": dict(state.pipeline)}),
         }
 
     def save(self, folder: str | Path) -> None:

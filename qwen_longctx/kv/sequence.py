@@ -88,6 +88,8 @@ class Sequence:
         Captured decoding of the `generate` in progress, see ``patches.graphs``; None where nothing is captured.
     running : bool
         A call is under way that appends to the cache.
+    pipeline : dict, optional
+        How several devices shared the newest prefill, for the report; None on one device.
     prefill_tokens, prefill_seconds, peak_memory_bytes
         Cost of the prefills of the sequence, also of tokens that were cropped since.
     """
@@ -102,6 +104,7 @@ class Sequence:
     written: list[Written] = field(default_factory=list)
     graphs: Any = None
     running: bool = False
+    pipeline: dict[str, Any] | None = None
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -209,7 +212,7 @@ def forget(cache: Any) -> None:
     state = sequence_of(cache)
     if state.length or state.written or state.broken:
         state.length, state.broken, state.written = 0, "", []
-        state.sparse = SparseState()
+        state.sparse, state.pipeline = SparseState(), None
         state.prefill_tokens, state.prefill_seconds, state.peak_memory_bytes = 0, 0.0, 0
     for layer in getattr(cache, "layers", ())[:1]:
         vars(layer).pop("origins", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -59,6 +61,12 @@ def uses_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x` as `dtype`; even a `to` that does nothing costs time, and decoding counts microseconds."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor on a device, for which nobody waits: it is copied from pinned memory."""
+    here = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def check_dtypes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

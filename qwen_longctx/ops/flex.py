@@ -51,7 +51,8 @@ def _compiled() -> Any:
 
 def _mask(blocks: BlockLists, queries: int, keys: int, causal: bool) -> BlockMask:
     """Under a causal mask every listed block counts as seen in part, else as seen whole."""
-    past = torch.tensor(keys - queries, device=blocks.counts.device)  # a tensor: a number would compile anew each time
+    # a tensor: a number would compile anew each time; filled on the device, for a copy would wait for it
+    past = torch.full((), keys - queries, dtype=torch.int64, device=blocks.counts.device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return key <= query + past

@@ -305,6 +305,14 @@ class LinkedCall:
         chunk = self._link.hear(self._link.rank - 1, "chunk")
         return chunk, self._receive(chunk)
 
+    def follow(self) -> None:
+        """Wait until the last rank has done a chunk, see `arrive`."""
+        self._link.hear(self._link.ranks - 1, "arrived")
+
+    def arrive(self) -> None:
+        """Tell the first rank that a chunk has passed all ranks."""
+        self._link.tell([0], "arrived")
+
     def _receive(self, chunk: Chunk) -> torch.Tensor:
         link, source = self._link, self._link.rank - 1
         hidden = torch.empty(chunk.shape, dtype=chunk.dtype, device=self.device)

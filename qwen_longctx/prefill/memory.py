@@ -160,6 +160,8 @@ class Need(NamedTuple):
         Whether the settings say of what kind the cache is, or the caller has brought one.
     whole : bool
         Whether the prompt passes in one piece, whatever the settings say.
+    ahead : int
+        Chunks that are on their way between devices at most, where these work on several at once.
     """
 
     tokens: int
@@ -174,6 +176,7 @@ class Need(NamedTuple):
     copied: float = 0.0
     own: bool = False
     whole: bool = False
+    ahead: int = 0
 
     def shortened(self, tokens: int) -> Need:
         """The need of a run of fewer tokens."""
@@ -395,7 +398,14 @@ def _needed(shape: Shape, device: Device, need: Need, settings: LongContextConfi
     each = kv_bytes(part, need.dtype, settings.kv_cache) * need.batch
     peak = _peak(shape, device, need, settings)
     copied = int(need.copied * need.tokens * each / device.layers) if settings.kv_cache != "host" else 0
-    return _Needed(each * max(0, need.tokens - need.room), max(peak.total + need.outputs, need.at_the_end, copied))
+    during = peak.total + need.outputs + need.ahead * _on_the_way(part, need, settings)
+    return _Needed(each * max(0, need.tokens - need.room), max(during, need.at_the_end, copied))
+
+
+def _on_the_way(shape: Shape, need: Need, settings: LongContextConfig) -> int:
+    """Bytes that a chunk takes with it from device to device: hidden states, and three tables of cosines and sines."""
+    rows = 3 * 2 * shape.head_dim * (need.batch if need.padded else 1) + shape.hidden * need.batch
+    return rows * min(settings.prefill_chunk_size, need.tokens) * need.dtype.itemsize
 
 
 def _peak(shape: Shape, device: Device, need: Need, settings: LongContextConfig) -> Peak:

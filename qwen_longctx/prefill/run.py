@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.geometry.layout import Call, Mode
 from qwen_longctx.kv.sequence import Sequence, sequence_of, transaction
+from qwen_longctx.prefill.pipeline import Pipeline, running
+from qwen_longctx.prefill.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Run:
         The call is a token of a `generate` in progress, behind others of it.
     new_cache : bool
         The cache was made for the call.
+    pipeline : Pipeline, optional
+        Several devices work on the chunks at once.
     """
 
     call: Call
@@ -51,6 +55,7 @@ class Run:
     model: Any = None
     trusted: bool = False
     new_cache: bool = False
+    pipeline: Pipeline | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,11 +68,11 @@ class Run:
         A progress bar shows where the terminal or notebook is watched and there is more than one chunk.
         """
         size = self.settings.prefill_chunk_size
-        with _bar(self.tokens, hidden=self.tokens <= size) as bar:
-            for start in range(self.call.cached, self.call.end, size):
-                stop = min(start + size, self.call.end)
+        chunks = Schedule(self.call.cached, self.call.end, size) if self.pipeline is None else self.pipeline.chunks()
+        with bar(self.tokens, hidden=self.tokens <= size) as shown:
+            for start, stop in chunks:
                 yield start, stop
-                bar.update(stop - start)
+                shown.update(stop - start)
 
     @contextmanager
     def committed(self) -> Iterator[None]:
@@ -79,7 +84,8 @@ class Run:
             state = sequence_of(self.cache)
             tokens = self._tokens_of_prompt(state.prompt_end)
             with _recorded(state, tokens, self.device) if tokens else nullcontext():
-                yield
+                with running(self.pipeline):
+                    yield
                 if self.sparse is not None:
                     self.sparse.state.check()
 
@@ -90,7 +96,8 @@ class Run:
         return 0 if self.mode == "decode" and self.call.cached else self.tokens
 
 
-def _bar(tokens: int, hidden: bool) -> Any:
+def bar(tokens: int, hidden: bool) -> Any:
+    """A progress bar over the tokens of a prefill, where the terminal or notebook is watched."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return _tqdm()(total=tokens, desc="Prefill", unit="tok", leave=False, disable=hidden or not watched)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -51,6 +51,8 @@ class Request:
         Of the sequence.
     observer : Observer
         Is told what the forward does.
+    ahead : bool
+        The host is ahead of the devices, and is not to wait for them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Request:
     prompt: Prompt
     state: SparseState
     observer: Observer = NOBODY
+    ahead: bool = False
     _tiles: dict[tuple[Span, torch.device], Tiles] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -242,7 +245,8 @@ def make_request(
     head_budgets = _head_budgets(settings, model_config, heads, state) if rule.needs_budgets else None
     times = length / settings.original_max_position_embeddings
     prompt = Prompt(settings.options(name), times, settings.last_q, head_budgets)
-    return Request(name, rule, settings, prompt, state, observer or NOBODY)
+    request = Request(name, rule, settings, prompt, state, observer or NOBODY)
+    return request if request.recall_target is not None else replace(request, prompt=prompt._replace(steered=False))
 
 
 def _head_budgets(

@@ -113,12 +113,15 @@ class Prompt(NamedTuple):
         Queries at the end of a span that speak for it.
     head_budgets : HeadBudgets, optional
         The checkpoint's budgets of this process's heads, for rules that need them.
+    steered : bool
+        Whether budgets follow the recall; if not, they are those that the rule starts with.
     """
 
     options: Any
     times_trained: float
     last_q: int
     head_budgets: HeadBudgets | None = None
+    steered: bool = True
 
 
 class Selection(NamedTuple):

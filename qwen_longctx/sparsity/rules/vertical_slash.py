@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from qwen_longctx.geometry.tiles import Tiles
+from qwen_longctx.ops.device import on_device
 from qwen_longctx.ops.row_lse import joint_lse, row_logits
 from qwen_longctx.sparsity.rules.rule import NoOptions, Rule
 from qwen_longctx.sparsity.view import Prompt, Selection, SpanView
@@ -26,17 +27,24 @@ def select(view: SpanView, budget: torch.Tensor, prompt: Prompt) -> Selection:
     """Keep columns, and the blocks that diagonals pass through: `budget` times the checkpoint's numbers of them."""
     sizes = prompt.head_budgets
     assert sizes is not None
-    verticals, slashes = (_times(budget, numbers[view.layer]) for numbers in (sizes.verticals, sizes.slashes))
-    columns, distances = indices(view, verticals, slashes, prompt.last_q)
+    numbers = sizes.verticals[view.layer], sizes.slashes[view.layer]
+    verticals, slashes = (_times(budget, one) for one in numbers)
+    # budgets that nobody steers are 1, so that nothing has to be read from the device
+    most = None if prompt.steered else (max(numbers[0]), max(numbers[1]))
+    columns, distances = indices(view, verticals, slashes, prompt.last_q, most)
     return Selection(_blocks(distances, view.tiles), columns)
 
 
 def _times(budget: torch.Tensor, numbers: list[int]) -> torch.Tensor:
-    return (torch.tensor(numbers, device=budget.device) * budget).round().long()
+    return (on_device(numbers, torch.int64, budget.device) * budget).round().long()
 
 
 def indices(
-    view: SpanView, verticals: torch.Tensor, slashes: torch.Tensor, last_q: int
+    view: SpanView,
+    verticals: torch.Tensor,
+    slashes: torch.Tensor,
+    last_q: int,
+    most: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The columns and diagonals that each head keeps.
 
@@ -48,6 +56,8 @@ def indices(
         also where a number is smaller.
     last_q : int
         Queries that score the keys.
+    most : tuple of int, optional
+        The largest of `verticals` and of `slashes`; without them the host waits for the device to tell.
 
     Returns
     -------
@@ -60,9 +70,10 @@ def indices(
     column_sums[..., :FORCED_COLUMNS] = torch.inf
     diagonal_sums[..., -FORCED_DIAGONALS:] = torch.inf
     # never fewer than the forced ones: among those, equal sums would choose
-    distance = _best(diagonal_sums, slashes.clamp(min=FORCED_DIAGONALS))
+    longest, broadest = most or (int(verticals.max()), int(slashes.max()))
+    distance = _best(diagonal_sums, slashes.clamp(min=FORCED_DIAGONALS), max(broadest, FORCED_DIAGONALS))
     distances = torch.where(distance < 0, distance, view.span.stop - 1 - distance)
-    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS)), distances
+    return _best(column_sums, verticals.clamp(min=FORCED_COLUMNS), max(longest, FORCED_COLUMNS)), distances
 
 
 def _sums(view: SpanView, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,10 +106,10 @@ def _along_diagonals(shares: torch.Tensor) -> torch.Tensor:
     return sheared.sum(dim=-2)
 
 
-def _best(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Indices of each head's largest sums, -1 beyond its count."""
-    counts = counts.to(sums.device).clamp(max=sums.shape[-1])
-    best = sums.topk(int(counts.max()), dim=-1).indices
+def _best(sums: torch.Tensor, counts: torch.Tensor, most: int) -> torch.Tensor:
+    """Indices of each head's largest sums, -1 beyond its count; `most` is the largest count."""
+    counts = counts.to(sums.device)
+    best = sums.topk(min(most, sums.shape[-1]), dim=-1).indices
     return best.masked_fill(torch.arange(best.shape[-1], device=best.device) >= counts[:, None], -1)
 
 
