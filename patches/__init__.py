@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from qwen_longctx.checkpoint import local_shape
 from qwen_longctx.config import LongContextConfig, check_overrides
 from qwen_longctx.errors import InvalidType, InvalidValue, PatchConflict
 from qwen_longctx.patches import linear, qwen2, qwen2_moe, qwen3, qwen3_moe
@@ -291,8 +292,9 @@ def _model_targets(model: nn.Module, overrides: dict[str, Any]) -> list[_Target]
         wanted = [(owner, replacement) for owner, replacement in family.targets() if not replacement.of_classes_only]
         for module in model.modules():
             targets += [(module, r) for owner, r in wanted if isinstance(module, owner) and _is_own(module, owner, r)]
-    for config in {id(m.config): m.config for m, r in targets if r.suffix == "Model"}.values():
-        LongContextConfig.from_model_config(config, **overrides)
+    for base in (module for module, replacement in targets if replacement.suffix == "Model"):
+        LongContextConfig.from_model_config(base.config, **overrides)
+        local_shape(base)  # refuses heads that cannot be divided among processes
     return targets
 
 

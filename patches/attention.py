@@ -68,7 +68,7 @@ def attention_forward(
         kv = Tensors(k, v)
         if past_key_values is not None:
             # a norm leaves no bias to take out, and layers that quantise weights may name none
-            bias = None if "q_norm" in self._modules else getattr(self.k_proj, "bias", None)
+            bias = None if "q_norm" in self._modules else _local(getattr(self.k_proj, "bias", None))
             turning = Turning(tables.spots, *tables.source)
             kv = append(past_key_values, k, v, place, kwargs.get("cache_position"), bias, turning)
     tokens, dtype = kv.size()
@@ -83,6 +83,11 @@ def attention_forward(
     out = cast(attend(q, kv, dual_chunk, self.scaling, self.layer_idx).flatten(2), v.dtype)
     weights = dense.weights(q, kv, dual_chunk, self.scaling) if dual_chunk.weights else None
     return _projected(out, self.o_proj)[0], weights
+
+
+def _local(bias: Any) -> torch.Tensor | None:
+    """What this process holds of a bias, which under tensor parallelism is a distributed tensor."""
+    return bias.to_local() if hasattr(bias, "to_local") else bias
 
 
 def _projected(x: torch.Tensor | Rows, *layers: nn.Module) -> list[torch.Tensor]:

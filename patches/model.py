@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticCache
 
 from qwen_longctx import sparsity
 from qwen_longctx.attention.ahead import Shapes, compile_ahead
-from qwen_longctx.checkpoint import head_dim, local_heads
+from qwen_longctx.checkpoint import head_dim, local_heads, local_shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
 from qwen_longctx.geometry.layout import Layout, Mode, RotarySource, make_layout, read_call
@@ -258,6 +258,8 @@ def begin(patched: PatchedMethod, model: Any, base: Any, arguments: dict[str, An
         state = open_cache(cache, (settings.chunk_size, settings.local_size), layer_count(base))
     check_static_cache(cache, held_tokens(cache) + inputs.shape[1], settings)
     mode: Mode = "decode" if inputs.shape[1] == 1 else "prefill"
+    if mode == "prefill":
+        local_shape(base)  # refuses heads that cannot be divided among processes
     if needs_gradients(base, arguments.get("inputs_embeds"), cache):
         mode = "train"
         if getattr(cache, "kv_cache", None) == "auto":
