@@ -49,7 +49,7 @@ def generate(patched: PatchedMethod, self: Any, **arguments: Any) -> Any:
             random = _agree(call, run, configs, arguments)
     kept = _settings_kept(run.cache, settings, run.announced, run.end, custom=run.custom)
     captured = _captured(run.cache, run.captures and not run.custom and stage is None)
-    with kept, captured, stages.generating(stage, random):
+    with kept, captured, stages.generating(self.model, stage, random):
         return patched.call(self, **arguments)
 
 

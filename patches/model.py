@@ -144,6 +144,8 @@ def over_stages(
     hidden : torch.Tensor or None
         On the last rank what the base model hands out for them; None on others.
     """
+    if run.sparse is not None and call.device.type == "cuda":
+        run = replace(run, sparse=replace(run.sparse, ahead=True))  # the host waits for nothing within a chunk
     state = {"past_key_values": run.cache}
     for start, stop, taken in stages.chunks(model, run, stage, call):
         part = chunk_of(run, arguments, start, stop) if taken is None else {"inputs_embeds": taken, **state}

@@ -18,7 +18,7 @@ from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches.method import cache_argument
-from qwen_longctx.prefill.link import LinkedCall
+from qwen_longctx.prefill.link import IN_FLIGHT, LinkedCall
 from qwen_longctx.prefill.run import Run, bar
 from qwen_longctx.prefill.schedule import Schedule, cost_of
 from qwen_longctx.stage import Stage, own_layers
@@ -96,6 +96,7 @@ def chunks(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tupl
     The first rank cuts them, so that they take equal time, and has no hidden states yet. The others are told.
     """
     done: list[tuple[int, int]] = []
+    under_way: deque[Any] = deque()
     if run.cache is not None and run.mode == "prefill":
         sequence_of(run.cache).pipeline = {"stages": stage.ranks, "chunks": done}
     one_by_one = run.settings.pipeline == "off"
@@ -103,6 +104,7 @@ def chunks(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tupl
         for start, stop in _cuts(base, run, stage, call):
             yield start, stop, None
             done.append((start, stop))
+            _pace(under_way, call.device)
             if one_by_one:
                 call.follow()
     else:
@@ -111,6 +113,7 @@ def chunks(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tupl
             (start, stop, *_), hidden = call.take()
             yield start, stop, hidden
             done.append((start, stop))
+            _pace(under_way, call.device)
             if one_by_one and stage.is_last:
                 call.arrive()
 
@@ -133,6 +136,13 @@ def _cuts(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tuple
             while marks and (took := _seconds(*marks[0][2:])) is not None:
                 schedule.measured(*marks.popleft()[:2], took)
             shown.update(stop - start)
+
+
+def _pace(under_way: deque[Any], device: torch.device) -> None:
+    """Let the host be ahead of its device by `IN_FLIGHT` chunks at most, which bounds what is held of them."""
+    under_way.append(_mark(device))
+    if device.type == "cuda" and len(under_way) > IN_FLIGHT:
+        under_way.popleft().synchronize()
 
 
 def _mark(device: torch.device) -> Any:
@@ -192,22 +202,23 @@ def begin_generate(
 
 
 @contextmanager
-def generating(stage: Stage | None, random: Any) -> Iterator[None]:
+def generating(base: Any, stage: Stage | None, random: Any) -> Iterator[None]:
     """The block samples with the random state of rank 0; if it fails between two forwards, the other ranks are told."""
     if stage is None:
         yield
         return
-    with stage.link.between_calls(), nullcontext() if stage.is_first else _random_of(*random):
+    device = device_of(own_layers(base)[0])
+    with stage.link.between_calls(), nullcontext() if stage.is_first else _random_of(*random, device):
         yield
 
 
 @contextmanager
-def _random_of(cpu: torch.Tensor, cuda: torch.Tensor | None) -> Iterator[None]:
+def _random_of(cpu: torch.Tensor, cuda: torch.Tensor | None, device: torch.device) -> Iterator[None]:
     """The block runs with another random state of the CPU and of the device; that of this process comes back."""
-    with torch.random.fork_rng([] if cuda is None else [torch.cuda.current_device()]):
+    with torch.random.fork_rng([] if cuda is None else [device]):
         torch.set_rng_state(cpu)
         if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+            torch.cuda.set_rng_state(cuda, device)
         yield
 
 

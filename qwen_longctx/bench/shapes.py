@@ -31,13 +31,29 @@ def model_config(tiny: bool = False, layers: int | None = None, shape: str = NAM
 
 
 def random_model(
-    device: torch.device, tiny: bool = False, layers: int | None = None, shape: str = NAMES[0]
+    device: torch.device,
+    tiny: bool = False,
+    layers: int | None = None,
+    shape: str = NAMES[0],
+    own: range | None = None,
 ) -> Qwen2ForCausalLM:
-    """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
+    """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`.
+
+    Of the layers only those with the numbers `own`, if it is given: the others are on the meta device.
+    """
     with torch.device("meta"):
         model = Qwen2ForCausalLM(model_config(tiny, layers, shape)).to(torch.bfloat16)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    parts = (
+        [model.model.embed_tokens, model.model.norm, model.lm_head, *model.model.layers[own.start : own.stop]]
+        if own
+        else [model]
+    )
+    for part in parts:
+        part.to_empty(device=device)
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
         if "norm" in name:
             parameter.fill_(1.0)
         else:

@@ -82,7 +82,8 @@ class Link:
         self._turn = threading.Lock()  # held by the call in progress
         self._number = 0
         self._wake, self._woken = Pipe(duplex=False)
-        threading.Thread(target=self._listen, name="qwen_longctx pipeline", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="qwen_longctx pipeline", daemon=True)
+        self._listener.start()
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -248,6 +249,9 @@ class Link:
         """Leave the pipeline: another rank that calls the model afterwards is told so."""
         with suppress(OSError):
             self._woken.send(None)
+        if self._listener is not threading.current_thread():
+            self._listener.join(_A_MOMENT)  # a process that ends must not find it at work
+        self.group = None
 
 
 class LinkedCall:

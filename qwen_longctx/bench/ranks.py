@@ -1,0 +1,230 @@
+"""Time to the first token where processes share the layers of a model, a GPU each; and what happens if one is killed.
+
+This process measures nothing itself: it starts the ranks, and hands on what rank 0 says. Each holds its own layers of
+random weights. Without CUDA there are two ranks on the CPU, to try the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from qwen_longctx import LongContextCache, patched_qwen, pipeline_parallel
+from qwen_longctx.bench.shapes import NAMES, model_config, random_model
+from qwen_longctx.config import PIPELINES
+from qwen_longctx.errors import InvalidValue, RankFailed
+
+LENGTHS = (262144, 1_000_000)
+_CHUNK = 32768
+_NEW_TOKENS = 16
+_ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
+_LIMIT = 60.0  # seconds in which the other ranks must have ended
+_AT_CHUNK = 3  # in which a rank is killed
+
+
+def measure(
+    lengths: list[int],
+    device: torch.device,
+    tiny: bool = False,
+    shape: str = NAMES[0],
+    density: float | None = None,
+    prefill_chunk_size: int = _CHUNK,
+) -> Iterator[dict[str, Any]]:
+    """Rows of every length, with chunks cut in every way (the setting `pipeline`); then one of a rank that is killed.
+
+    ``"off"`` is one chunk at a time, which is what one card takes beside the transfers. All rows of a length are of the
+    same prompt, and `difference` is the largest one of its last logits from those of the first row.
+
+    Parameters
+    ----------
+    lengths : list of int
+    device : torch.device
+        Of which kind those of the ranks are.
+    tiny : bool
+        A toy shape.
+    shape : str
+        See ``bench.shapes.NAMES``.
+    density : float, optional
+        Sparse prefill by block scores of this share; dense without it.
+    prefill_chunk_size : int
+        Tokens of the longest chunk.
+    """
+    ranks = torch.cuda.device_count() if device.type == "cuda" else 2
+    if ranks < 2:
+        raise InvalidValue("bench ranks needs two CUDA devices, a process for each, and found 1: add --tiny on a CPU")
+    settings: dict[str, Any] = {"sparse": "off", "prefill_chunk_size": prefill_chunk_size}
+    if density is not None:
+        settings |= {"sparse": "block_scores", "density": density, "recall_target": _ANY_RECALL}
+    spec = {"device": device.type, "tiny": tiny, "shape": shape, "settings": settings, "lengths": lengths}
+    yield from _ranks(spec, ranks)
+    yield from _ranks({**spec, "lengths": lengths[:1], "kill": ranks - 1}, ranks)
+
+
+def _ranks(spec: dict[str, Any], ranks: int) -> Iterator[dict[str, Any]]:
+    """What rank 0 says, a row each; in the end all ranks have ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", __name__, json.dumps(spec), folder]
+        processes = [
+            subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
+            for rank in range(ranks)
+        ]
+        try:
+            yield from _rows(Path(folder, "rows"), processes[0])
+            if "kill" in spec:
+                yield _ends(processes, spec["kill"], Path(folder))
+        finally:
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_LIMIT)
+                process.kill()
+    if "kill" not in spec and any(process.returncode for process in processes):
+        raise RankFailed(f"the ranks ended with {[process.returncode for process in processes]}: see what they printed")
+
+
+def _rows(path: Path, first: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Rows as they come."""
+    told, ended = 0, False
+    while not ended:
+        ended = first.poll() is not None
+        lines = path.read_text().splitlines() if path.exists() else []
+        yield from map(json.loads, lines[told:])
+        told = len(lines)
+        time.sleep(0.05)
+
+
+def _ends(processes: list[subprocess.Popen[bytes]], killed: int, folder: Path) -> dict[str, Any]:
+    """How the others took it that a rank was killed."""
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LIMIT)
+    said = [json.loads(path.read_text()) for path in sorted(folder.glob("failed.*"))]
+    return {
+        "killed_rank": killed,
+        "error": said[0]["error"] if said else "none",
+        "seconds_until_the_error": round(max((one["seconds"] for one in said), default=_LIMIT), 2),
+        "all_ended": all(process.poll() is not None for process in processes),
+    }
+
+
+# --- a rank -------------------------------------------------------------------------------------------------------
+
+
+def _rank(spec: dict[str, Any], folder: Path) -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = spec["device"] == "cuda"
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    layers = model_config(spec["tiny"], shape=spec["shape"]).num_hidden_layers
+    counts = [layers // ranks + (one < layers % ranks) for one in range(ranks)]
+    first = sum(counts[:rank])
+    own = range(first, first + counts[rank])
+    model = random_model(device, spec["tiny"], shape=spec["shape"], own=own)
+    pipeline_parallel(model, layers=counts, timeout=300)
+    with torch.no_grad():
+        if "kill" in spec:
+            _die(model, spec, device, folder)
+            return
+        _warm_up(model, spec, device)
+        for length in spec["lengths"]:
+            for row in _of_length(model, spec, length, device):
+                if rank == 0:
+                    with (folder / "rows").open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    dist.destroy_process_group()
+
+
+def _prompt(model: Any, length: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(device)
+
+
+def _warm_up(model: Any, spec: dict[str, Any], device: torch.device) -> None:
+    with patched_qwen(model, **spec["settings"]):
+        model(_prompt(model, min(3 * spec["settings"]["prefill_chunk_size"], max(spec["lengths"])), device))
+
+
+def _of_length(model: Any, spec: dict[str, Any], length: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    ids = _prompt(model, length, device)
+    reference: torch.Tensor | None = None
+    for name in PIPELINES:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        cache = LongContextCache(length + _NEW_TOKENS)
+        with patched_qwen(model, **spec["settings"], pipeline=name):
+            seconds, logits = _timed(lambda cache=cache: model(ids, past_key_values=cache, logits_to_keep=1), device)
+            token = logits[:, -1].argmax(-1)[:, None]
+            decoding = [
+                _timed(lambda cache=cache, token=token: model(token, past_key_values=cache), device)[0]
+                for _ in range(_NEW_TOKENS)
+            ]
+        report = cache.report()
+        reference = logits if reference is None else reference
+        yield {
+            "tokens": length,
+            "pipeline": name,
+            "ranks": dist.get_world_size(),
+            "layers": model.config.num_hidden_layers,
+            "attention": spec["settings"]["sparse"],
+            "density_of_rank_0": round(report["density"], 4),
+            "chunks": len(report["pipeline"]["chunks"]),
+            "seconds": round(seconds, 3),
+            "decode_seconds_per_token": round(sorted(decoding)[len(decoding) // 2], 5),
+            "peak_bytes_of_rank_0": report["peak_memory_bytes"],
+            "difference": float((logits - reference).abs().max()),
+        }
+        del cache
+
+
+def _timed(call: Any, device: torch.device) -> tuple[float, torch.Tensor]:
+    """Seconds from the call until its logits are here, and these."""
+    dist.barrier()
+    begin = time.perf_counter()
+    logits = call().logits.float().cpu()
+    return time.perf_counter() - begin, logits
+
+
+def _die(model: Any, spec: dict[str, Any], device: torch.device, folder: Path) -> None:
+    """One rank is killed within a chunk; the others note what they raise, and when."""
+    rank = dist.get_rank()
+    chunks: list[None] = []
+
+    def kill(module: Any, given: Any) -> None:
+        chunks.append(None)
+        if len(chunks) == _AT_CHUNK:
+            (folder / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings, own = spec["settings"], [layer for layer in model.model.layers if not layer.mlp.up_proj.weight.is_meta]
+    if rank == spec["kill"]:
+        own[0].register_forward_pre_hook(kill)
+    length = max(spec["lengths"][0], (_AT_CHUNK + 2) * settings["prefill_chunk_size"])
+    try:
+        with patched_qwen(model, **settings, pipeline="equal"):
+            model(_prompt(model, length, device), logits_to_keep=1).logits.cpu()
+    except RankFailed as error:
+        seconds = time.time() - float((folder / "killed").read_text())
+        (folder / f"failed.{rank}").write_text(json.dumps({"error": str(error), "seconds": seconds}))
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    _rank(json.loads(sys.argv[1]), Path(sys.argv[2]))
