@@ -62,7 +62,7 @@ def scenes() -> dict[str, Any]:
             ({"max_new_tokens": 9, "do_sample": True, "temperature": 5.0}, *two),
             ({"max_new_tokens": 6, "num_beams": 3}, *two),
             ({"max_new_tokens": 6, "num_beams": 2, "do_sample": True, "num_return_sequences": 2}, *long),
-            ({"max_new_tokens": 6, "prompt_lookup_num_tokens": 3}, *long),
+            ({"max_new_tokens": 6, "prompt_lookup_num_tokens": 3, "eos_token_id": 96}, *long),
         ],
     }
 
