@@ -242,6 +242,24 @@ def test_layers_get_what_was_carried_to_their_device(stages, monkeypatch):
     torch.testing.assert_close(found, logits(patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off"), prompt())[0])
 
 
+def test_under_the_hooks_of_accelerate(stages):
+    """It finds tensors where they are needed, and moves none itself; patched before dispatch and after it."""
+    accelerate = pytest.importorskip("accelerate")
+    names = ["embed_tokens", "rotary_emb", "norm", *(f"layers.{number}" for number in range(4))]
+    device_map = {**{f"model.{name}": "cpu" for name in names}, "lm_head": "cpu"}
+    wanted = logits(patch_qwen(four_layers(), prefill_chunk_size=CHUNK, sparse="off", pipeline="off"), prompt())[0]
+    for first in (True, False):
+        model = four_layers()
+        if first:
+            patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+        model = accelerate.dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+        if not first:
+            patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+        found, cache = logits(model, prompt())
+        assert cache.report()["pipeline"]["stages"] == 3 and no_hooks(model)
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(("error", "layer"), [(RuntimeError, 0), (KeyboardInterrupt, 2), (RuntimeError, 3)])
 def test_a_failure_in_a_chunk(error, layer, stages):
     """The cache goes back to what it held, no hook stays, and the next call is right."""

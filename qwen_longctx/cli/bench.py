@@ -23,14 +23,16 @@ _OPTIONS = {
     "memory_limit": ("speed", "memory"),
     "prefill_chunk_size": ("speed",),
     "sparse_only": ("speed",),
+    "from_results": ("simulation",),
 }
+_WITHOUT_A_GPU = ("simulation",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory"],
+        choices=[*_WITHOUT_A_GPU, *"attention stock mlp linear headline speed decode start memory pipeline".split()],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
@@ -59,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
     )
+    parser.add_argument(
+        "--from-results", nargs="+", metavar="FILE", help="simulation: results of bench speed, whose times it takes"
+    )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
 
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
             option = name.replace("_", "-")
             raise InvalidValue(f"--{option} is an option of bench {owners}, got bench {args.what}: leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
+    if device.type == "cpu" and not args.tiny and args.what not in _WITHOUT_A_GPU:
         raise Unsupported("bench needs a CUDA device for the shape of Qwen2.5-7B: add --tiny to try the command here")
     if device.type == "cpu" and args.what == "mlp":
         raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
@@ -92,11 +97,13 @@ def run(args: argparse.Namespace) -> None:
     module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
     layers = 1 if args.what in ("attention", "mlp", "linear") else None
-    check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
+    if args.what not in _WITHOUT_A_GPU:
+        check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
     done: list[dict[str, Any]] = []
     for row in module.measure(lengths, device, args.tiny, **options):
         print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
         done.append(row)
         if args.output is not None:
             limited = {} if limit is None else {"memory_limit_bytes": limit}
-            write_results(args.output, {"shape": "tiny" if args.tiny else _TITLES[shape], **limited, "rows": done})
+            about = {} if args.what in _WITHOUT_A_GPU else {"shape": "tiny" if args.tiny else _TITLES[shape]}
+            write_results(args.output, {**about, **limited, "rows": done})
