@@ -29,7 +29,9 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue
 
-MULTIPLE = 128  # tokens: chunks end at multiples, where blocks of sparse prefill do
+# tokens: chunks end at multiples, so that few lengths occur, for each of which cuDNN plans anew; short ones at least
+# where blocks of sparse prefill end
+MULTIPLE, BLOCK = 512, 128
 SHORTEST = 2048  # tokens: matrix products of fewer leave a large GPU partly idle
 # An H100: operations a second, of matrix products and of attention alike (bench linear, bench attention); and seconds a
 # layer and chunk of any length, of the device (measuring recall reads all keys) and of the host that queues the work
@@ -285,7 +287,7 @@ class _Cutter(NamedTuple):
 
     def at(self, seconds: float) -> list[int]:
         """Ends of chunks that take so many seconds each. What rounding takes from one the next one gets."""
-        multiple = MULTIPLE if self.size >= 2 * MULTIPLE else 1
+        multiple = next((one for one in (MULTIPLE, BLOCK) if self.size >= 2 * one), 1)
         most = self.size - self.size % multiple
         least = min(SHORTEST, most)
         found: list[int] = []
