@@ -225,7 +225,8 @@ def _busy(run: Any) -> dict[str, list[list[float]]]:
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.device_type() == wanted and event.duration_ns() > 0:
             begin = event.start_ns()
-            by_card.setdefault(max(0, event.device_index()), []).append((begin, begin + event.duration_ns()))
+            card = event.device_index() if cuda else 0
+            by_card.setdefault(card, []).append((begin, begin + event.duration_ns()))
     start = min((begin for spans in by_card.values() for begin, _ in spans), default=0)
     end = max((stop for spans in by_card.values() for _, stop in spans), default=1)
     pause = (end - start) / _POINTS

@@ -207,7 +207,7 @@ def speed_by_cards(rows: Sequence[Mapping[str, Any]]) -> Any:
     _check(rows, ("tokens", "cards", "density", "simulated_seconds", "times_as_fast"))
     kinds = list(dict.fromkeys((row["kind"], row["density"], row["times_from"]) for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(kinds), 3.4 * len(shapes)), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(kinds), 3.4 * len(shapes)), layout="constrained")
     axes = figure.subplots(len(shapes), len(kinds), sharex=True, sharey=True, squeeze=False)
     for line, shape in enumerate(shapes):
         for column, kind in enumerate(kinds):
@@ -216,7 +216,7 @@ def speed_by_cards(rows: Sequence[Mapping[str, Any]]) -> Any:
             ]
             _speeds(axes[line, column], here)
             what = "dense" if kind[0] == "dense" else f"sparse, {kind[1]:.0%} of the blocks"
-            axes[line, column].set_title(f"{shape}, {what}\ntimes from {kind[2]}", fontsize="small")
+            axes[line, column].set_title(f"{shape}, {what}\ntimes from {kind[2]}", fontsize="x-small")
     for axis in axes[-1]:
         axis.set_xlabel("cards")
     for axis in axes[:, 0]:
