@@ -425,6 +425,11 @@ def test_what_does_wait_is_told(stages, watched):
     patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
     _, cache = logits(model, prompt(), logits_to_keep=torch.tensor([3, 200]))
     assert cache.report()["pipeline"]["waits"] == ["logits are picked by their numbers"]
+    model = tiny_model("qwen3_moe", dual_chunk_attention_config=dict(GEOMETRY), num_hidden_layers=4)
+    patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+    with pytest.raises(Waits):
+        logits(model, prompt(), cache := LongContextCache())
+    assert cache.qwen_longctx.pipeline["waits"] == ["experts are chosen on the host"]
 
 
 def test_the_watch_itself():

@@ -220,7 +220,7 @@ def _busy(run: Any) -> dict[str, list[list[float]]]:
     cuda = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         run()
-    wanted = torch.profiler.DeviceType.CUDA if cuda else torch.profiler.DeviceType.CPU
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     by_card: dict[int, list[tuple[int, int]]] = {}
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.device_type() == wanted and event.duration_ns() > 0:

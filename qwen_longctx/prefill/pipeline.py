@@ -65,7 +65,7 @@ def why_not(stages: Sequence[Stage], base: nn.Module) -> str:
     return "" if norm == devices[-1] else f"the last layer lies on {devices[-1]} and the norm behind it on {norm}"
 
 
-def most_under_way(stages: Sequence[Stage]) -> int:
+def most_under_way(stages: Sequence[Any]) -> int:
     """Chunks that are queued and not done at most: one for each device, and one for which none has to wait."""
     return len(stages) + 1
 
