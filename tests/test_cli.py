@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen_longctx import cli
+from qwen_longctx.bench import simulation
 from qwen_longctx.bench.breakdown import Breakdown
 from qwen_longctx.bench.limit import limit_memory
 from qwen_longctx.bench.shapes import NAMES, model_config, random_model
@@ -188,16 +190,63 @@ def test_the_breakdown_leaves_the_model_as_it_was():
     assert parts["merge"] >= 0.01 and parts["rest"] == pytest.approx(1 - parts["linear"] - parts["merge"], abs=1e-3)
 
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_pipeline(tmp_path, capsys):
+    """Cards that are not there are stood in for; the same token comes out, and a picture can be drawn."""
+    output = tmp_path / "bench.json"
+    command = ["bench", "pipeline", "--tiny", "--lengths", "520", "--timeline", "--sparse-only"]
+    assert main([*command, "--ways", "one", "auto", "--output", str(output)]) == 0
+    one, auto = json.loads(output.read_text())["rows"]
+    assert (one["stages"], auto["stages"]) == (1, 2) and auto["same_token"] and auto["chunks"] >= 5
+    assert auto["largest_difference"] <= 0.1 * auto["largest_logit"]
+    assert set(one["simulated_seconds"]) == {"equal", "auto"} and all(a < b for a, b in auto["busy"]["0"])
+    assert min(one["simulated_seconds"].values()) > one["seconds"] / 2
+    if find_spec("matplotlib"):
+        assert main(["plot", str(output), "--output", str(tmp_path / "busy.png")]) == 0
+    assert main([*command, "--cards", "1"]) == 2 and "2 cards or more" in capsys.readouterr().err
+
+
+def test_bench_simulation(tmp_path):
+    """The file that is there is what the command writes, and one card takes what was measured."""
+    output = tmp_path / "bench.json"
+    sources = [str(RESULTS / name) for name in ("speed_h200.json", "speed_balanced_1000000.json")]
+    assert main(["bench", "simulation", "--from-results", *sources, "--output", str(output)]) == 0
+    found, kept = (json.loads(path.read_text())["rows"] for path in (output, RESULTS / "pipeline_simulation.json"))
+    assert found == kept
+    measured = [row for row in found if "measured_seconds" in row]
+    assert len(measured) == 3
+    for row in measured:
+        assert row["simulated_seconds"] == pytest.approx(row["measured_seconds"], rel=1e-3)
+    for row in found:
+        assert row["times_as_fast"] <= row["cards"] * 1.01 and (row["pipeline"] != "off" or row["times_as_fast"] <= 1)
+    wrong = tmp_path / "wrong.json"
+    for text in ("[]", "{}", json.dumps({"rows": [{"tokens": 9}], "shape": "Qwen2.5-7B", "environment": {"gpus": []}})):
+        wrong.write_text(text)
+        assert main(["bench", "simulation", "--from-results", str(wrong)]) == 2
+    assert main(["bench", "simulation", "--from-results", sources[0], "--lengths", "77"]) == 2
+
+
+@pytest.mark.parametrize("tokens", [131072, 262144, 524288])
+def test_costs_of_a_layer_hold_at_other_lengths(tokens):
+    """Dense seconds of a million tokens say those of shorter prompts, which were measured whole up to 262,144."""
+    rows = {row["tokens"]: row for row in json.loads((RESULTS / "speed_h200.json").read_text())["rows"]}
+    dense, _ = simulation.layer_costs(rows[1_000_000], 28)
+    assert 28 * dense.seconds(0, tokens) == pytest.approx(rows[tokens]["dense_seconds"], rel=0.05)
+
+
 def test_plot_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    results = Path(__file__).parents[1] / "benchmarks" / "results"
     picture = tmp_path / "speed.png"
-    assert main(["plot", str(results / "speed.json"), "--output", str(picture)]) == 0
-    both = [str(results / name) for name in ("decode.json", "decode_int8.json")]
+    assert main(["plot", str(RESULTS / "speed.json"), "--output", str(picture)]) == 0
+    both = [str(RESULTS / name) for name in ("decode.json", "decode_int8.json")]
     assert main(["plot", *both, "--output", str(picture)]) == 0
+    assert main(["plot", str(RESULTS / "pipeline_simulation.json"), "--output", str(picture)]) == 0
     assert picture.stat().st_size > 1000
     for names in (["speed.json", "quality.json"], ["passkey_1000000.json"]):
-        assert main(["plot", *(str(results / name) for name in names), "--output", str(picture)]) == 2
+        assert main(["plot", *(str(RESULTS / name) for name in names), "--output", str(picture)]) == 2
         assert "give files of quality, or of bench speed" in capsys.readouterr().err
 
 

@@ -335,10 +335,15 @@ REQUESTS = [
         "needs the package minference",
     ),
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
-    (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed, got bench stock: leave it out"),
+    (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed and pipeline, got bench stock"),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
     (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory"),
+]
+REQUESTS += [
+    (["bench", "simulation"], "give --from-results with files of bench speed"),
+    (["bench", "simulation", "--from-results", "nowhere.json"], "cannot read nowhere.json"),
+    (["bench", "speed", "--cards", "2"], "--cards is an option of bench pipeline, got bench speed"),
 ]
 if not torch.cuda.is_available():
     REQUESTS += [

@@ -428,6 +428,21 @@ def test_what_is_kept_far_beyond():
     assert len(table) == 3
 
 
+def test_pipeline_figures():
+    """Seconds with chunks of equal time, and in brackets with chunks of equal length."""
+    seconds = {}
+    for row in rows_of("pipeline_simulation.json"):
+        kind = "dense" if row["kind"] == "dense" else f"sparse, {row['density']:.0%}".replace("%", " %")
+        seconds[f"{row['shape']}, {kind}", row["cards"], row["pipeline"]] = row["simulated_seconds"]
+    (table,) = (table for table in tables(ROOT / "docs" / "several-devices.md") if table[0][1] == "one card")
+    assert len(table) == 7
+    for name, *cells in table[1:]:
+        for cell, cards in zip(cells, (1, 2, 4, 8), strict=True):
+            ways = ("auto", "equal") if cards > 1 else ("off",)
+            for shown, way in zip(re.findall(r"[\d.]+", cell), ways, strict=True):
+                assert agrees(shown, seconds[name, cards, way]), (name, cell)
+
+
 def test_decode_figures():
     table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "stock"])[1:]
     for (length, stock, ours, share, alone, eager), row in zip(table, rows_of("decode.json"), strict=True):

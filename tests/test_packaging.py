@@ -30,7 +30,7 @@ def test_ci_runs_the_oldest_releases_of_setup_cfg(name):
 
 
 LAYERS = (
-    {"errors", "files"},
+    {"errors", "files", "stage"},
     {"checkpoint", "config", "shapes", "sizes"},
     {"geometry", "ops"},
     {"sparsity", "kv"},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import lru_cache
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, Qwen2Model
 
+from fake_streams import Machine
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, unpatch_qwen
 from qwen_longctx.ops import engines
@@ -242,6 +244,72 @@ def test_layers_get_what_was_carried_to_their_device(stages, monkeypatch):
     torch.testing.assert_close(found, logits(patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off"), prompt())[0])
 
 
+def test_under_the_hooks_of_accelerate(stages):
+    """It finds tensors where they are needed, and moves none itself; patched before dispatch and after it."""
+    accelerate = pytest.importorskip("accelerate")
+    names = ["embed_tokens", "rotary_emb", "norm", *(f"layers.{number}" for number in range(4))]
+    device_map = {**{f"model.{name}": "cpu" for name in names}, "lm_head": "cpu"}
+    wanted = logits(patch_qwen(four_layers(), prefill_chunk_size=CHUNK, sparse="off", pipeline="off"), prompt())[0]
+    for first in (True, False):
+        model = four_layers()
+        if first:
+            patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+        model = accelerate.dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+        if not first:
+            patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+        found, cache = logits(model, prompt())
+        assert cache.report()["pipeline"]["stages"] == 3 and no_hooks(model)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("aside", [True, False], ids=["on streams of their own", "on the computing ones"])
+def test_what_waits_for_what(aside, monkeypatch):
+    """No race, and no wait between neighbouring chunks; where copies take the computing streams, there is one."""
+    machine = Machine()
+    machine.install(monkeypatch)
+    devices = [torch.device("cuda", number) for number in range(3)]
+    stages = (Stage(devices[0], 0, 1), Stage(devices[1], 1, 3), Stage(devices[2], 3, 4))
+    monkeypatch.setattr(pipelined, "stages_of", lambda layers: stages)
+    monkeypatch.setattr(pipelined, "why_not", lambda stages, base: "")
+    chunk = [0] * 4
+
+    def copied(device, one):
+        to = devices.index(device)
+        machine.copy(devices[to - 1], device, ("copy", to, chunk[0] - 1, type(one).__name__))
+        return one
+
+    monkeypatch.setattr(pipeline, "_to", copied)
+    own = lru_cache(lambda device, way: torch.cuda.Stream(device))
+    monkeypatch.setattr(pipeline, "_beside", own if aside else lambda device, way: machine.stream_of(device))
+    model = patch_qwen(four_layers(), prefill_chunk_size=CHUNK, sparse="off", pipeline="equal")
+    for number, layer in enumerate(model.model.layers):
+        inner = layer.forward
+
+        def forward(hidden, *args, number=number, inner=inner, **kwargs):
+            stage = next(i for i, one in enumerate(stages) if one.first <= number < one.stop)
+            machine.work(devices[stage], ("layer", number, chunk[number]))
+            chunk[number] += 1
+            return inner(hidden, *args, **kwargs)
+
+        layer.forward = forward
+    logits(model, prompt(900))
+    count = chunk[0]
+    assert chunk == [count] * 4 and count == 10
+    before = machine.must_precede
+    for i in range(count):
+        for stage, (last, first) in enumerate([(0, 1), (2, 3)], start=1):
+            for kind in ("Tensor", "Layout"):
+                copy = "copy", stage, i, kind
+                assert before(("layer", last, i), copy) and before(copy, ("layer", first, i))
+                # what was carried out of a stage lies in memory that its chunk after the next may take
+                assert i + 2 >= count or before(copy, ("layer", last, i + 2))
+    # the host is four chunks ahead, and nothing else lets an earlier device wait for a later one
+    free = [not before(("layer", 3, i), ("layer", 0, j)) for i in range(count) for j in range(i + 1, min(i + 4, count))]
+    assert all(before(("layer", 3, i), ("layer", 0, i + 4)) for i in range(count - 4))
+    assert all(free) if aside else not all(free)
+    assert not before(("layer", 2, 0), ("layer", 0, 1)) or not aside
+
+
 @pytest.mark.parametrize(("error", "layer"), [(RuntimeError, 0), (KeyboardInterrupt, 2), (RuntimeError, 3)])
 def test_a_failure_in_a_chunk(error, layer, stages):
     """The cache goes back to what it held, no hook stays, and the next call is right."""
@@ -357,6 +425,11 @@ def test_what_does_wait_is_told(stages, watched):
     patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
     _, cache = logits(model, prompt(), logits_to_keep=torch.tensor([3, 200]))
     assert cache.report()["pipeline"]["waits"] == ["logits are picked by their numbers"]
+    model = tiny_model("qwen3_moe", dual_chunk_attention_config=dict(GEOMETRY), num_hidden_layers=4)
+    patch_qwen(model, prefill_chunk_size=CHUNK, sparse="off")
+    with pytest.raises(Waits):
+        logits(model, prompt(), cache := LongContextCache())
+    assert cache.qwen_longctx.pipeline["waits"] == ["experts are chosen on the host"]
 
 
 def test_the_watch_itself():

@@ -305,7 +305,11 @@ def test_cards():
     """The fullest holds ceil(28 / 3) layers; more cards than layers are as many as layers."""
     one, three, many, more = (memory.plan("qwen2.5-7b-1m", "1M", gpus=n).memory for n in (1, 3, 28, 4096))
     assert three.kv_cache == one.kv_cache * 10 // 28 and many == more
-    assert one.weights > three.weights > one.weights / 3 and three.activations == one.activations
+    # four chunks are on their way: hidden states, and three tables of cosines and sines
+    ahead = 4 * 32768 * (3584 + 3 * 2 * 128) * 2
+    assert one.weights > three.weights > one.weights / 3 and three.activations == one.activations + ahead
+    off = memory.plan("qwen2.5-7b-1m", "1M", gpus=3, pipeline="off").memory
+    assert off.activations == one.activations
 
 
 def test_short_prompts_and_many_rows():

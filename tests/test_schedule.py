@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.prefill import schedule
-from qwen_longctx.prefill.schedule import MULTIPLE, SHORTEST, Cost, Measured, Schedule
+from qwen_longctx.prefill.schedule import BLOCK, MULTIPLE, SHORTEST, Cost, Measured, Schedule
 from qwen_longctx.shapes import known_config
 
 _MILLION = 1_000_000
@@ -52,8 +52,8 @@ def test_every_token_once_and_no_chunk_too_long(start: int, tokens: int, size: i
     assert all(0 < length <= size for length in lengths)
     if stages > 1 and len(lengths) > 1:  # as long as half of the one before, rounding apart
         assert 2 * lengths[-1] + 2 * MULTIPLE >= min(lengths[-2], SHORTEST)
-        if size >= 2 * MULTIPLE:
-            assert all(stop % MULTIPLE == 0 for _, stop in chunks[:-2])
+        if size >= 2 * BLOCK:
+            assert all(stop % (MULTIPLE if size >= 2 * MULTIPLE else BLOCK) == 0 for _, stop in chunks[:-2])
 
 
 @pytest.mark.parametrize("rule", [None, "block_scores"])
@@ -63,11 +63,11 @@ def test_equal_times_and_less_time_than_equal_lengths(rule: str | None, stages: 
     chunks = list(Schedule(0, _MILLION, _SIZE, stages, cost))
     seconds = [cost.seconds(start, stop - start) for start, stop in chunks]
     lengths = _lengths(chunks)
-    # chunks that neither bound holds back take the same time, to half the rounding of their ends
-    free = [i for i, length in enumerate(lengths) if SHORTEST < length < _SIZE - MULTIPLE]
-    assert len(free) > len(lengths) / 3
-    assert max(seconds[i] for i in free) <= min(seconds[i] for i in free) * (1 + 2 * MULTIPLE / min(lengths))
-    assert max(seconds) == pytest.approx(max(seconds[i] for i in free), rel=2 * MULTIPLE / min(lengths))
+    # chunks that neither bound holds back take the same time, to the rounding of their ends; the last two share a rest
+    free = [i for i, length in enumerate(lengths[:-2]) if SHORTEST + MULTIPLE < length < _SIZE - MULTIPLE]
+    assert len(free) > len(lengths) / 4
+    same = sum(seconds[i] for i in free) / len(free)
+    assert all(abs(lengths[i] - cost.length(chunks[i][0], same)) <= 1.1 * MULTIPLE for i in free)
 
     def total(found: list[tuple[int, int]]) -> float:
         """By simulation: a stage begins a chunk when it has done the one before, and the stage before has done it."""
@@ -129,7 +129,7 @@ def test_measured_chunks_change_what_follows_and_not_what_was_cut() -> None:
         plan.measured(start, stop, true.seconds(start, stop - start))
     assert plan.chunks[:2] == still[:2] and plan.chunks != still
     tail = [true.seconds(a, b - a) for a, b in plan.chunks[12:-1]]
-    assert max(tail) <= 1.1 * min(tail)
+    assert max(tail) <= 1.35 * min(tail)  # of lengths from 2,560 on, in steps of 512
     unheeded = Schedule(0, _MILLION, _SIZE, 4, _cost())
     for start, stop in unheeded:
         unheeded.measured(start, stop, 1.0)

@@ -13,32 +13,37 @@ from qwen_longctx.errors import InvalidValue, Unsupported
 _TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B"}
 SHAPES = tuple(_TITLES)  # see bench.shapes.NAMES, which imports torch
 _OPTIONS = {
-    "density": ("speed", "ranks"),
+    "density": ("speed", "pipeline", "ranks"),
     "dense_layers": ("speed",),
     "whole_up_to": ("speed", "decode"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
-    "kv_cache": ("speed", "decode", "memory"),
-    "shape": ("speed", "memory", "ranks"),
+    "kv_cache": ("speed", "decode", "memory", "pipeline"),
+    "shape": ("speed", "memory", "pipeline", "ranks"),
     "memory_limit": ("speed", "memory"),
-    "prefill_chunk_size": ("speed", "ranks"),
-    "sparse_only": ("speed",),
+    "prefill_chunk_size": ("speed", "pipeline", "ranks"),
+    "sparse_only": ("speed", "pipeline"),
+    "cards": ("pipeline",),
+    "ways": ("pipeline",),
+    "timeline": ("pipeline",),
+    "from_results": ("simulation",),
 }
+_WITHOUT_A_GPU = ("simulation",)
+_WAYS = ("one", "off", "equal", "auto", "measured")  # see bench.pipeline.WAYS, which imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory", "ranks"],
+        choices=[
+            *_WITHOUT_A_GPU,
+            *"attention stock mlp linear headline speed decode start memory pipeline ranks".split(),
+        ],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
-    parser.add_argument(
-        "--density",
-        type=share,
-        help="speed: share of the blocks kept, instead of one by length; ranks: dense without it",
-    )
+    parser.add_argument("--density", type=share, help="speed, pipeline, ranks: share of the blocks kept")
     parser.add_argument(
         "--dense-layers",
         type=at_least_one,
@@ -51,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
-    parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory: how our cache is held")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory, pipeline: how our cache is held")
     parser.add_argument(
-        "--shape", choices=SHAPES, help=f"speed, memory, ranks: shape of the model, {SHAPES[0]} by default"
+        "--shape", choices=SHAPES, help=f"speed, memory, pipeline, ranks: shape of the model, {SHAPES[0]} by default"
     )
     parser.add_argument(
         "--memory-limit",
@@ -62,10 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed, memory: memory of the card that may be taken, such as 48GB",
     )
     parser.add_argument(
-        "--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed, ranks: tokens of a chunk"
+        "--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed, pipeline, ranks: tokens of a chunk"
     )
     parser.add_argument(
-        "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
+        "--sparse-only",
+        action="store_const",
+        const=True,
+        help="speed, pipeline: neither dense prefill nor stock transformers",
+    )
+    parser.add_argument(
+        "--from-results", nargs="+", metavar="FILE", help="simulation: results of bench speed, whose times it takes"
+    )
+    parser.add_argument("--cards", type=at_least_one, help="pipeline: cards that share the layers, 2 by default")
+    parser.add_argument("--ways", nargs="+", choices=_WAYS, help="pipeline: one card, and values of that setting")
+    parser.add_argument(
+        "--timeline", action="store_const", const=True, help="pipeline: also when each card is busy, from a profiler"
     )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
@@ -88,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
             option = name.replace("_", "-")
             raise InvalidValue(f"--{option} is an option of bench {owners}, got bench {args.what}: leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
+    if device.type == "cpu" and not args.tiny and args.what not in _WITHOUT_A_GPU:
         raise Unsupported("bench needs a CUDA device for the shape of Qwen2.5-7B: add --tiny to try the command here")
     if device.type == "cpu" and args.what == "mlp":
         raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
@@ -100,11 +116,13 @@ def run(args: argparse.Namespace) -> None:
     module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
     layers = 1 if args.what in ("attention", "mlp", "linear") else None
-    check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
+    if args.what not in _WITHOUT_A_GPU:
+        check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
     done: list[dict[str, Any]] = []
     for row in module.measure(lengths, device, args.tiny, **options):
         print("  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
         done.append(row)
         if args.output is not None:
             limited = {} if limit is None else {"memory_limit_bytes": limit}
-            write_results(args.output, {"shape": "tiny" if args.tiny else _TITLES[shape], **limited, "rows": done})
+            about = {} if args.what in _WITHOUT_A_GPU else {"shape": "tiny" if args.tiny else _TITLES[shape]}
+            write_results(args.output, {**about, **limited, "rows": done})

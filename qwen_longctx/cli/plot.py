@@ -1,4 +1,4 @@
-"""Picture of results of quality, of eval, or of bench speed or decode."""
+"""Picture of results of quality, of eval, or of bench speed, decode, simulation or pipeline."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         "sparse_seconds": plots.time_by_length,
         "patched_ms": plots.decoding_by_length,
         "mode": plots.figures_by_length,
+        "times_from": plots.speed_by_cards,
+        "busy": plots.busy_cards,
     }
     for key, drawing in drawings.items():
         if rows and all(key in row for row in rows):
@@ -46,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"written to {args.output}")
             return
     raise InvalidValue(
-        f"{', '.join(args.results)}: give files of quality, or of bench speed, or of bench decode, or of eval, and of "
-        "one of them only"
+        f"{', '.join(args.results)}: give files of quality, or of bench speed, decode, simulation or pipeline with its "
+        "timeline, or of eval, and of one of them only"
     )
 
 

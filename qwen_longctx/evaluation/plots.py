@@ -178,6 +178,104 @@ def decoding_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+_WAYS = {  # values of the setting `pipeline`, and how they are drawn
+    "auto": ("chunks of equal time", "C0", "o"),
+    "equal": ("chunks of equal length", "C1", "s"),
+    "off": ("one chunk at a time", "C2", "^"),
+}
+
+
+def speed_by_cards(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """How many times as fast as one card several are: a column for each kind of prefill, a row for each shape.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `bench.simulation.measure` gives them, of one length.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidValue
+        A row lacks a figure.
+    """
+    from matplotlib.figure import Figure
+
+    _check(rows, ("tokens", "cards", "density", "simulated_seconds", "times_as_fast"))
+    kinds = list(dict.fromkeys((row["kind"], row["density"], row["times_from"]) for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(4.6 * len(kinds), 3.4 * len(shapes)), layout="constrained")
+    axes = figure.subplots(len(shapes), len(kinds), sharex=True, sharey=True, squeeze=False)
+    for line, shape in enumerate(shapes):
+        for column, kind in enumerate(kinds):
+            here = [
+                row for row in rows if (row["shape"], (row["kind"], row["density"], row["times_from"])) == (shape, kind)
+            ]
+            _speeds(axes[line, column], here)
+            what = "dense" if kind[0] == "dense" else f"sparse, {kind[1]:.0%} of the blocks"
+            axes[line, column].set_title(f"{shape}, {what}\ntimes from {kind[2]}", fontsize="x-small")
+    for axis in axes[-1]:
+        axis.set_xlabel("cards")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("times as fast as one card")
+    return _with_legend(figure, axes)
+
+
+def _speeds(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One panel of `speed_by_cards`, with the seconds of one card and of most cards."""
+    cards = sorted({row["cards"] for row in rows})
+    alone = next(row for row in rows if row["cards"] == 1)
+    axes.plot(cards, cards, color="grey", linestyle=":", label="as many times as cards")
+    for way, (name, colour, marker) in _WAYS.items():
+        points = sorted((row["cards"], row["times_as_fast"]) for row in rows if row["pipeline"] == way or row is alone)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
+    best = min(row["simulated_seconds"] for row in rows if row["pipeline"] == "auto" and row["cards"] == cards[-1])
+    axes.text(0.04, 0.94, f"{alone['simulated_seconds']:.0f} s", transform=axes.transAxes, va="top", fontsize="small")
+    axes.text(0.04, 0.86, f"{cards[-1]} cards: {best:.0f} s", transform=axes.transAxes, va="top", fontsize="small")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+
+
+def busy_cards(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """When each card computes, a panel for each way and kind of prefill.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `bench.pipeline.measure` gives them, with a timeline.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidValue
+        A row lacks a figure.
+    """
+    from matplotlib.figure import Figure
+
+    _check(rows, ("tokens", "cards", "seconds"))
+    figure = Figure(figsize=(9, 0.6 + 1.3 * len(rows)), layout="constrained")
+    every = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axes, row in zip(every, rows, strict=True):
+        for card, spans in row["busy"].items():
+            bars = [(start, stop - start) for start, stop in spans]
+            axes.broken_barh(bars, (int(card) - 0.4, 0.8), color=f"C{int(card) % 10}")
+        axes.set_yticks([int(card) for card in row["busy"]])
+        axes.set_ylabel("card")
+        axes.set_title(
+            f"{row['tokens']:,} tokens, {row['kind']}, {row['way']}: {row['seconds']:.1f} s", fontsize="small"
+        )
+    every[-1].set_xlabel("seconds under the profiler")
+    return figure
+
+
 def figures_by_length(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Score and negative log-likelihood against prompt length, a line for each mode with its 95 % intervals.
 

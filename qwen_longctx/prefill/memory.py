@@ -15,6 +15,7 @@ from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.kv.host import STAGED
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
+from qwen_longctx.prefill.pipeline import most_under_way
 from qwen_longctx.prefill.weights import Weights, weights_of
 
 GIB = 1 << 30
@@ -89,9 +90,12 @@ def on_fullest_card(
     """`estimate` for the card that holds most, where the layers are dealt out among `cards`."""
     if tokens < 1 or batch < 1 or cards < 1:
         raise InvalidValue(f"tokens, batch and cards must be at least 1, got {tokens}, {batch} and {cards}")
+    parts = weights.on_cards(cards)
+    at_once = len(parts) > 1 and tokens > settings.prefill_chunk_size and settings.pipeline != "off"
+    ahead = most_under_way(parts) * _on_the_way(shape, Need(tokens, batch, dtype), settings) if at_once else 0
     peaks: dict[int, Peak] = {}
     found = []
-    for layers, size in weights.on_cards(cards):
+    for layers, size in parts:
         part = replace(shape, layers=layers)
         if layers not in peaks:
             peaks[layers] = Prefill(part, tokens, batch, dtype, settings).peak()
@@ -99,7 +103,8 @@ def on_fullest_card(
             count(one, dtype, settings.kv_cache) * tokens * batch
             for count, one in ((kv_bytes, part), (host_bytes, shape))
         )
-        found.append(Memory(size, cache, *peaks[layers], host))
+        activations, selection = peaks[layers]
+        found.append(Memory(size, cache, activations + ahead, selection, host))
     return max(found, key=lambda memory: memory.total)
 
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def why_not(stages: Sequence[Stage], base: nn.Module) -> str:
     return "" if norm == devices[-1] else f"the last layer lies on {devices[-1]} and the norm behind it on {norm}"
 
 
-def most_under_way(stages: Sequence[Stage]) -> int:
+def most_under_way(stages: Sequence[Any]) -> int:
     """Chunks that are queued and not done at most: one for each device, and one for which none has to wait."""
     return len(stages) + 1
 
@@ -128,8 +129,8 @@ class CudaStreams(Streams):
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__(stages)
-        self._out = [torch.cuda.Stream(stage.device) for stage in stages]
-        self._in = [torch.cuda.Stream(stage.device) for stage in stages]
+        self._out = [_beside(stage.device, "out") for stage in stages]
+        self._in = [_beside(stage.device, "in") for stage in stages]
         self._own: list[Any] = []
         if len({stage.device for stage in stages}) < len(stages):
             self._own = [torch.cuda.Stream(stage.device) for stage in stages]
@@ -182,6 +183,12 @@ class CudaStreams(Streams):
         if self._own:
             torch.cuda.set_stream(self._before)
             torch.cuda.synchronize(self.stages[0].device)
+
+
+@lru_cache
+def _beside(device: torch.device, way: str) -> Any:
+    """The stream for copies out of a device or into it. Memory that one stream has used is of little use to another."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass

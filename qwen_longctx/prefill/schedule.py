@@ -29,11 +29,14 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue
 
-MULTIPLE = 128  # tokens: chunks end at multiples, where blocks of sparse prefill do
+# tokens: chunks end at multiples, so that few lengths occur, for each of which cuDNN plans anew; short ones at least
+# where blocks of sparse prefill end
+MULTIPLE, BLOCK = 512, 128
 SHORTEST = 2048  # tokens: matrix products of fewer leave a large GPU partly idle
-# An H100: operations a second, of matrix products and of attention alike (bench linear, bench attention), and seconds
-# that a layer takes for a chunk of any length: launches, and where it is sparse choosing keys and measuring recall
-_RATE, _LAUNCHES, _CHOOSING = 6e14, 0.5e-3, 7e-3
+# An H100: operations a second, of matrix products and of attention alike (bench linear, bench attention); and seconds a
+# layer and chunk of any length, of the device (measuring recall reads all keys) and of the host that queues the work
+_RATE = 6e14
+_DENSE, _SPARSE = (0.5e-3, 1e-3), (2e-3, 6e-3)
 # share of the keys that sparse prefill keeps of texts (docs/quality.md, docs/performance.md)
 _KEPT = {"fast": 0.03, "balanced": 0.28, "careful": 0.45}
 _KEPT_OF_COLUMNS = 0.05
@@ -55,7 +58,7 @@ class Measured(NamedTuple):
 class Cost:
     """Seconds of a chunk: ``token · length + pair · length · keys + chunk``, keys being those that a query sees.
 
-    Dense and sparse prefill follow the same law, with other numbers.
+    Dense and sparse prefill follow the same law, with other numbers. All devices together take this time, and share it.
 
     Parameters
     ----------
@@ -65,6 +68,8 @@ class Cost:
         Seconds a pair of a query and a key before it: attention.
     chunk : float
         Seconds a chunk, whatever its length.
+    host : float
+        Seconds in which the host queues a chunk on all devices. It is one for all, and no chunk passes faster.
 
     Raises
     ------
@@ -75,9 +80,10 @@ class Cost:
     token: float
     pair: float
     chunk: float = 0.0
+    host: float = 0.0
 
     def __post_init__(self) -> None:
-        values = self.token, self.pair, self.chunk
+        values = self.token, self.pair, self.chunk, self.host
         if not all(0 <= value < float("inf") for value in values) or not self.token + self.pair:
             raise InvalidValue(f"the cost of a chunk must be finite, not negative, and grow with tokens, got {values}")
 
@@ -100,26 +106,26 @@ class Cost:
         """The cost closest to what chunks took, least squares of relative errors, no number negative.
 
         Chunks of one length, or few of them, do not tell all numbers apart: what they leave open stays in the
-        proportions of `prior`. Without measurements that is the result.
+        proportions of `prior`. Without measurements that is the result. The host's part is not measured.
         """
         known = [one for one in measured if one.seconds > 0 and one.length > 0]
         if not known:
             return prior
-        scale = sum(one.seconds for one in known) / sum(prior.seconds(one.start, one.length) for one in known)
-        expected = [scale * value for value in (prior.token, prior.pair, prior.chunk)]
-        unit = [value or scale * (prior.token + prior.pair) * 1e-6 for value in expected]
-        rows = [[1.0, _keys(one.start, one.length), 1.0 / one.length] for one in known]
+        parts = [[one.length, one.length * _keys(one.start, one.length), 1.0] for one in known]
+        total = sum(one.seconds for one in known)
+        scale = total / sum(prior.seconds(one.start, one.length) for one in known)
+        unit = [total / sum(column) for column in zip(*parts, strict=True)]  # as if it were all of the time
         rows = [
-            [value * each * one.length / one.seconds for value, each in zip(row, unit, strict=True)]
-            for row, one in zip(rows, known, strict=True)
+            [part * each / one.seconds for part, each in zip(row, unit, strict=True)]
+            for row, one in zip(parts, known, strict=True)
         ]
         wanted = [1.0] * len(rows)
-        for i in range(3):  # relative to the unit: 1 is what was expected
+        for i, expected in enumerate((prior.token, prior.pair, prior.chunk)):
             rows.append([_TOWARDS_PRIOR * (i == j) for j in range(3)])
-            wanted.append(_TOWARDS_PRIOR * (expected[i] > 0))
+            wanted.append(_TOWARDS_PRIOR * scale * expected / unit[i])
         found = _least_squares(torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64))
         token, pair, chunk = (value * each for value, each in zip(found, unit, strict=True))
-        return cls(token, pair, chunk) if token + pair > 0 else prior
+        return cls(token, pair, chunk, prior.host) if token + pair > 0 else prior
 
 
 def _keys(start: int, length: int) -> float:
@@ -155,13 +161,18 @@ def cost_of(shape: Shape, settings: LongContextConfig, rule: str | None) -> Cost
     rule : str, optional
         Of sparse prefill; None is dense.
     """
+    token, pair = operations(shape)
+    kept = 1.0 if rule is None else _kept(settings, rule)
+    chunk, host = _DENSE if rule is None else _SPARSE
+    return Cost(token / _RATE, pair * kept / _RATE, shape.layers * chunk, shape.layers * host)
+
+
+def operations(shape: Shape) -> tuple[int, int]:
+    """Operations of all layers: for a token in linear layers, and for a pair of a query and a key in attention."""
     heads = shape.heads * shape.head_dim
     projections = 2 * shape.hidden * (heads + shape.kv_heads * shape.head_dim)
     inner = 3 * shape.hidden * shape.intermediate  # which of all experts of a token together is as wide
-    kept = 1.0 if rule is None else _kept(settings, rule)
-    operations = shape.layers / _RATE
-    chunk = shape.layers * (_LAUNCHES if rule is None else _CHOOSING)
-    return Cost(2 * (projections + inner) * operations, 4 * heads * kept * operations, chunk)
+    return 2 * (projections + inner) * shape.layers, 4 * heads * shape.layers
 
 
 def _kept(settings: LongContextConfig, rule: str) -> float:
@@ -242,7 +253,8 @@ def ends(start: int, end: int, *, size: int, stages: int, cost: Cost) -> list[in
     multiple of `MULTIPLE`, as far as `size` allows. Arguments as of `Schedule`.
 
     On `stages` stages that share each chunk's time evenly, chunks of times ``t`` take ``(sum(t) + (stages - 1) ·
-    max(t)) / stages``: fewer chunks keep the devices waiting at the beginning and the end, more take time themselves.
+    max(t)) / stages``, and none passes faster than the host queues it: fewer chunks keep the devices waiting at the
+    beginning and the end, more take time themselves.
     """
     if end - start <= min(size, SHORTEST):
         return _equal(start, end, size)
@@ -275,7 +287,7 @@ class _Cutter(NamedTuple):
 
     def at(self, seconds: float) -> list[int]:
         """Ends of chunks that take so many seconds each. What rounding takes from one the next one gets."""
-        multiple = MULTIPLE if self.size >= 2 * MULTIPLE else 1
+        multiple = next((one for one in (MULTIPLE, BLOCK) if self.size >= 2 * one), 1)
         most = self.size - self.size % multiple
         least = min(SHORTEST, most)
         found: list[int] = []
@@ -305,7 +317,8 @@ class _Cutter(NamedTuple):
         """Seconds until the last stage has done the last chunk, see `ends`."""
         starts = [self.start, *found[:-1]]
         seconds = [self.cost.seconds(first, stop - first) for first, stop in zip(starts, found, strict=True)]
-        return (sum(seconds) + (stages - 1) * max(seconds)) / stages
+        each = [max(one / stages, self.cost.host) for one in seconds]
+        return sum(each) + (stages - 1) / stages * max(seconds)
 
 
 def _equal(start: int, end: int, size: int) -> list[int]:
