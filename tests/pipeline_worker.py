@@ -28,7 +28,7 @@ from qwen_longctx.stage import stage_of
 
 PIPELINES = ("auto", "equal", "measured", "off")
 DENSE = {"sparse": "off", "prefill_chunk_size": 50}
-SLOW = 0.1  # seconds of a layer in the scene about time
+SLOW = 0.06  # seconds of a layer in the scene about time
 
 
 def rank() -> int:
@@ -185,11 +185,11 @@ def timeline(model: Any, ids: torch.Tensor, pipeline: str) -> list[list[float]]:
 @torch.no_grad()
 def chunks_of(model: Any) -> dict[str, Any]:
     """Where a prompt is cut under every setting, and its last logits."""
-    ids = torch.randint(1, 90, (1, 7000), generator=torch.Generator().manual_seed(8))
+    ids = torch.randint(1, 90, (1, 4600), generator=torch.Generator().manual_seed(8))
     said = {}
     for name in PIPELINES:
         cache = LongContextCache()
-        with patched_qwen(model, sparse="off", prefill_chunk_size=3000, pipeline=name):
+        with patched_qwen(model, sparse="off", prefill_chunk_size=2304, pipeline=name):
             logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         said[name] = cache.report()["pipeline"], logits
     return said

@@ -214,12 +214,12 @@ def test_all_ranks_cut_alike(played):
     one, *others = played.of("chunks")
     for name, (report, logits) in one.items():
         chunks = report["chunks"]
-        assert report["stages"] == RANKS and chunks[0][0] == 0 and chunks[-1][1] == 7000
+        assert report["stages"] == RANKS and chunks[0][0] == 0 and chunks[-1][1] == 4600
         assert all(stop == start for (_, stop), (start, _) in zip(chunks, chunks[1:], strict=False))
         for other in others:
             assert other[name][0] == report and torch.equal(other[name][1], logits)
         torch.testing.assert_close(logits, one["off"][1], atol=1e-12, rtol=1e-12)
-    assert one["equal"][0]["chunks"] == one["off"][0]["chunks"] == [(0, 3000), (3000, 6000), (6000, 7000)]
+    assert one["equal"][0]["chunks"] == one["off"][0]["chunks"] == [(0, 2304), (2304, 4600)]
     assert one["auto"][0]["chunks"] != one["equal"][0]["chunks"]
 
 

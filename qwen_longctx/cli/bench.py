@@ -29,6 +29,7 @@ _OPTIONS = {
     "from_results": ("simulation",),
 }
 _WITHOUT_A_GPU = ("simulation",)
+_ON_A_GPU = tuple("attention stock mlp linear headline speed decode start memory pipeline ranks".split())
 _WAYS = ("one", "off", "equal", "auto", "measured")  # see bench.pipeline.WAYS, which imports torch
 
 
@@ -36,10 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=[
-            *_WITHOUT_A_GPU,
-            *"attention stock mlp linear headline speed decode start memory pipeline ranks".split(),
-        ],
+        choices=[*_WITHOUT_A_GPU, *_ON_A_GPU],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
