@@ -22,10 +22,10 @@ from helpers import tiny_model
 from qwen_longctx import patched_qwen
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.evaluation import passkey
-from qwen_longctx.vllm.attention import Segment, attend, paged_attention
+from qwen_longctx.vllm.attention import Segment, paged_attention
 from qwen_longctx.vllm.settings import settings_of
 from test_vllm_pages import PAGE as PAGE_SIZE
-from test_vllm_pages import Batch, config
+from test_vllm_pages import Batch, attended, config
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -291,12 +291,13 @@ def test_flash_attention_is_called_as_it_is_defined(requests, version, monkeypat
     monkeypatch.setattr(FlashAttentionImpl, "forward", whole)
     layer = object.__new__(DualChunkFlashAttentionImpl)
     layer.dual_chunk, layer.head_size, layer.scale, layer.vllm_flash_attn_version = settings, 8, 0.3, version
+    layer.number = 0
     query = torch.randn(int(batch.starts[-1]) + 3, 4, 8)  # padded, as for a graph
     rows = len(query) - 3
     metadata = SimpleNamespace(num_actual_tokens=rows, dual_chunk=step, max_num_splits=0)
     output = torch.full((rows, 4, 8), torch.nan)
     assert layer.forward(None, query, None, None, pages, metadata, output) is output
-    wanted = attend(query[:rows], step, lambda q, segment: paged_attention(q, pages, segment, 0.3))
+    wanted = attended(query[:rows], step, pages)
     torch.testing.assert_close(output, wanted)
     assert len(calls) == (0 if len(step.kinds) == 1 else len(step.kinds))
 
