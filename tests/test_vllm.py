@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny_model
-from qwen_longctx import patched_qwen
+from qwen_longctx import LongContextCache, patched_qwen
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.evaluation import passkey
 from qwen_longctx.vllm.attention import Segment, paged_attention
@@ -39,10 +40,14 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = pytest.mark.slow
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
+SPARSE = {"sparse_attention_threshold": 600}
+# of every head other numbers of columns and diagonals, which processes must take their own of
+BUDGETS = [{str(head): ["vertical_and_slash", 50 + 40 * head, 300 + 90 * head, 1.0] for head in range(4)}] * 4
 ON_GPU = torch.cuda.is_available()
 DTYPE = "bfloat16" if ON_GPU else "float32"  # FlashAttention knows no float32
 PAGE = 64
 SMALL_PAGE = 16 if ON_GPU else 32
+STEP = 500  # tokens, which cross up to three borders of chunks
 NEW = 8
 SURE = (
     6 if ON_GPU else None
@@ -57,7 +62,7 @@ def start(checkpoint=BUNDLED, **options):
         "max_model_len": 4352,
         "enforce_eager": True,
         "block_size": PAGE,
-        "max_num_batched_tokens": 500,  # a step crosses up to three borders of chunks
+        "max_num_batched_tokens": STEP,
         "max_num_seqs": 8,
         "disable_log_stats": False,
         "seed": 0,
@@ -136,6 +141,25 @@ def generated(model, prompts, new=NEW):
         )
         tokens = run.sequences[0, ids.shape[1] :].tolist()
         logs = [score[0].log_softmax(-1)[token].item() for score, token in zip(run.scores, tokens, strict=True)]
+        results.append((tokens, logs))
+    return results
+
+
+@torch.no_grad()
+def in_steps(model, prompts, new=NEW):
+    """The same by a patched model that is called with the parts of a prompt one after another, as the engine cuts it.
+
+    An engine cuts alike where it has one prompt at a time.
+    """
+    results = []
+    for prompt in prompts:
+        cache, ids = LongContextCache(), torch.tensor([prompt])
+        parts, tokens, logs = list(ids.split(STEP, dim=1)), [], []
+        while len(tokens) < new:
+            logits = [model(part, past_key_values=cache, use_cache=True).logits[0, -1] for part in parts][-1]
+            tokens.append(int(logits.argmax()))
+            logs.append(logits.log_softmax(-1)[tokens[-1]].item())
+            parts = [torch.tensor([tokens[-1:]])]
         results.append((tokens, logs))
     return results
 
@@ -223,6 +247,37 @@ def test_overrides_switch_it_on(plain, model, temperature):
         with patched_qwen(model, sparse="off", **section, attention_temperature=temperature):
             assert_same(served(engine, asked), generated(model, asked))
     finally:
+        stop(engine)
+
+
+@pytest.mark.parametrize("rule", [{"density": 0.4}, {"fidelity": "fast"}])
+def test_sparse_prefill_is_that_of_transformers(model, rule, caplog):
+    """Prompts one at a time, then at once: parts of them, short requests and decoding share steps."""
+    section = {**GEOMETRY, **SPARSE, "sparse": "block_scores", **rule}
+    engine = start(hf_overrides={"dual_chunk_attention_config": section}, enable_prefix_caching=False)
+    log = logging.getLogger("vllm.qwen_longctx")
+    log.addHandler(caplog.handler)  # vLLM hands its records to no handler of the root
+    try:
+        asked, keys = prompts(590, 1100, 1900, 3000, seed=11)
+        found = [served(engine, [one])[0] for one in asked]
+        with patched_qwen(model, **{key: section[key] for key in ("sparse", *SPARSE, *rule)}):
+            wanted = in_steps(model, asked)
+        assert_same(found, wanted)
+        told = [record.getMessage() for record in caplog.records if "kept" in record.getMessage()]
+        assert told and "Sparse prefill (block_scores) kept" in told[0]
+        with patched_qwen(model, sparse="off"):
+            dense = generated(model, asked)
+        assert found[0][1] == pytest.approx(dense[0][1], abs=CLOSE)  # below the threshold
+        apart = [
+            abs(a - b)
+            for one, other in zip(found[1:], dense[1:], strict=True)
+            for a, b in zip(one[1], other[1], strict=True)
+        ]
+        assert ON_GPU or max(apart) > CLOSE  # else it was not sparse at all
+        answers = [TOKENIZER.decode(tokens) for tokens, _ in served(engine, asked)]
+        assert all(passkey.is_correct(answer, key) for answer, key in zip(answers, keys, strict=True))
+    finally:
+        log.removeHandler(caplog.handler)
         stop(engine)
 
 
@@ -328,6 +383,17 @@ def test_compiled(model):
             "lacks local_size, original_max_position_embeddings",
         ),
         ({"hf_overrides": {"dual_chunk_attention_config": {}}}, ValueError, "lacks chunk_size"),
+        (
+            {"hf_overrides": {"dual_chunk_attention_config": {**GEOMETRY, "sparse": "vertical_slash", "mass": 0.5}}},
+            ValueError,
+            "mass is a setting of block_scores",
+        ),
+        pytest.param(
+            {"hf_overrides": {"dual_chunk_attention_config": {**GEOMETRY, "sparse": "block_scores", "kernel": "fa4"}}},
+            ValueError,
+            'kernel="fa4"',
+            marks=pytest.mark.skipif(ON_GPU, reason="the kernel may run there"),
+        ),
         pytest.param(
             {"kv_cache_dtype": "fp8"}, NotImplementedError, "the KV cache is 'fp8'", marks=pytest.mark.gpu
         ),  # vLLM refuses it by itself on many CPUs
@@ -383,10 +449,11 @@ def server(plain, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    overrides = {"dual_chunk_attention_config": GEOMETRY, "max_position_embeddings": 4096}
+    section = {**GEOMETRY, **SPARSE, "sparse": "vertical_slash", "sparse_attention_config": BUDGETS}
+    overrides = {"dual_chunk_attention_config": section, "max_position_embeddings": 4096}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--block-size", str(PAGE), "--served-model-name", "tiny"]
-    command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", "500", "--max-num-seqs", "8"]
+    command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", str(STEP), "--max-num-seqs", "8"]
     ranks = 1 if torch.cuda.device_count() == 1 else 2
     command += ["--enforce-eager", "--gpu-memory-utilization", "0.3", "--tensor-parallel-size", str(ranks)]
     of_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "TRITON_INTERPRET")
@@ -424,6 +491,6 @@ def test_the_http_server_streams(server, model):
         pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
         assert len(pieces) >= NEW - 1 and passkey.is_correct("".join(piece["text"] for piece in pieces), key)
         found = [log for piece in pieces if piece["logprobs"] for log in piece["logprobs"]["token_logprobs"]]
-        with patched_qwen(model, sparse="off"):
-            ((_, wanted),) = generated(model, [prompt])
+        with patched_qwen(model, sparse="vertical_slash", sparse_attention_config=BUDGETS, **SPARSE):
+            ((_, wanted),) = in_steps(model, [prompt])
         assert found[:SURE] == pytest.approx(wanted[:SURE], abs=CLOSE)

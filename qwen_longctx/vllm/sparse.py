@@ -92,32 +92,32 @@ class SparsePrefill:
         self.settings, self._config, self._heads = model.settings, config, heads
         self._device, self._dtype, self._head_dim = device, dtype, model.head_dim
         self._rotary = RotarySource(model.inv_freq(device), 1.0)
-        self._model: Request | None = None
+        self._base: Request | None = None
         name = rule_name(self.settings, device, dtype, model.head_dim)
         if name is None:
             return
         trained = self.settings.original_max_position_embeddings
         request = make_request(name, self.settings, config, heads, SparseState(), trained)
         # a state to steer by would have to outlive the step
-        self._model = replace(request, rule=request.rule._replace(recall_target=None))
+        self._base = replace(request, rule=request.rule._replace(recall_target=None))
 
     @property
     def name(self) -> str | None:
         """The rule by which prompts that are long enough are prefilled; None is dense."""
-        return None if self._model is None else self._model.name
+        return None if self._base is None else self._base.name
 
     def announce(self, longest: int) -> None:
         """Say that sparse prefill is on, and compile its kernels for prompts of up to so many tokens."""
-        if self._model is None or longest <= self.settings.sparse_attention_threshold:
+        if self._base is None or longest <= self.settings.sparse_attention_threshold:
             return
         logger.info(
             "Sparse prefill (%s) is on for prompts of more than %d tokens: attention is approximate there, and recall "
             'is logged. "sparse": "off" in dual_chunk_attention_config is exact.',
-            self._model.name,
+            self._base.name,
             self.settings.sparse_attention_threshold,
         )
         if self._device.type == "cuda":
-            compile_ahead(self._model, self._shapes(), longest)
+            compile_ahead(self._base, self._shapes(), longest)
 
     def _shapes(self) -> Shapes:
         config, heads = self._config, self._heads
@@ -136,9 +136,10 @@ class SparsePrefill:
         longest, most_queries : int
             The most tokens and queries of a request, or upper bounds.
         """
-        if self._model is None or not self._takes(most_queries, longest):
+        if self._base is None or not self._takes(most_queries, longest):
             return None
-        begins, ends = starts.tolist(), lengths.tolist()
+        both = torch.cat((starts.long(), lengths.long())).tolist()
+        begins, ends = both[: len(starts)], both[len(starts) :]
         parts, others = [], []
         for number, length in enumerate(ends):
             rows = slice(begins[number], begins[number + 1])
@@ -157,8 +158,8 @@ class SparsePrefill:
 
     def _takes(self, queries: int, length: int) -> bool:
         """Whether so many queries at the end of so many tokens are more than an end that attends to everything."""
-        assert self._model is not None
-        if queries < self.settings.tile + self._model.dense_end:
+        assert self._base is not None
+        if queries < self.settings.tile + self._base.dense_end:
             return False
         name = rule_for(
             self.settings,
@@ -183,17 +184,17 @@ class SparsePrefill:
         )
 
     def _request(self, start: int, stop: int) -> Request:
-        assert self._model is not None
+        assert self._base is not None
         state = SparseState()
         # which heads measure their recall goes by the position, where a sequence with a state counts its spans
         turn = start // self.settings.prefill_chunk_size
         state.turns = dict.fromkeys(range(self._config.num_hidden_layers), turn)
-        prompt = self._model.prompt._replace(times_trained=stop / self.settings.original_max_position_embeddings)
-        return replace(self._model, prompt=prompt, state=state)
+        prompt = self._base.prompt._replace(times_trained=stop / self.settings.original_max_position_embeddings)
+        return replace(self._base, prompt=prompt, state=state)
 
     def room(self, tokens: int) -> int:
         """Bytes that a part of a prompt of so many `tokens` takes while a layer attends, its gathered keys included."""
-        if self._model is None or tokens <= self.settings.sparse_attention_threshold:
+        if self._base is None or tokens <= self.settings.sparse_attention_threshold:
             return 0
         shape = Shape(1, self._heads.query, self._heads.key, self._head_dim, hidden=0, intermediate=0)
         peak = Prefill(shape, tokens, 1, self._dtype, self.settings).peak()
