@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx.bench import vllm as bench
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.evaluation import passkey
 from qwen_longctx.vllm.attention import Segment, paged_attention
@@ -494,3 +496,47 @@ def test_the_http_server_streams(server, model):
         with patched_qwen(model, sparse="vertical_slash", sparse_attention_config=BUDGETS, **SPARSE):
             ((_, wanted),) = in_steps(model, [prompt])
         assert found[:SURE] == pytest.approx(wanted[:SURE], abs=CLOSE)
+
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "vllm" / "passkeys.py"
+
+
+def test_passkeys_by_the_client_of_openai(server, tmp_path):
+    """The script of the benchmarks, as its own process; prompts on both sides of the threshold of sparse prefill."""
+    output = tmp_path / "passkeys.json"
+    command = [sys.executable, str(SCRIPT), "--url", f"{server}/v1", "--tokenizer", str(BUNDLED)]
+    command += ["--api", "completions", "--lengths", "2500", "500", "--depths", "0.1", "0.9", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "4 of 4 keys found" in done.stdout, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["model"] == "tiny" and [one["length"] for one in found["records"]] == [500, 500, 2500, 2500]
+    assert all(0 < one["first_token_seconds"] <= one["seconds"] for one in found["records"])
+
+
+def test_passkeys_without_a_server(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--lengths", "200", "--url", "http://127.0.0.1:9/v1", "--tokenizer"]
+    done = subprocess.run([*command, str(BUNDLED)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9/v1 does not answer")
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(ON_GPU, reason="a toy on the CPU")
+def test_bench(tmp_path):
+    """`qwen-longctx bench vllm` on a toy: dense and sparse, each engine by itself."""
+    output = tmp_path / "vllm.json"
+    command = [sys.executable, "-m", "qwen_longctx.cli", "bench", "vllm", "--tiny", "--lengths", "300", "900"]
+    command += ["--whole-up-to", "500", "--prefill-chunk-size", "400", "--density", "0.4", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [300, 300, 900, 900, 300, 900]
+    assert all(row["first_token_seconds"] > 0 and len(row["seconds"]["tokens"]) == 32 for row in rows[:4])
+    assert all(row["first_token_ratio"] > 0 and row["token_ratio"] > 0 for row in rows[4:])
+
+
+def test_bench_tells_what_its_process_refuses():
+    config = bench._config(True, "qwen2.5-7b")
+    config.dual_chunk_attention_config["sparse_attention_enabled"] = "maybe"
+    with pytest.raises(NotImplementedError, match="vLLM could not measure 400 tokens: .*must be true or false"):
+        list(bench.served(config, [400], {"sparse": "off"}, 400, 2))
