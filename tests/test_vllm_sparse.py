@@ -250,6 +250,8 @@ def test_settings_of_sparse_prefill(tmp_path):
     settings = found(**shipped, sparse_attention_config={"0": BUDGETS[0], "1": BUDGETS[0], "2": BUDGETS[0]})
     assert (settings.sparse, settings.sparse_attention_threshold, settings.last_q) == ("auto", 77, 9)
     assert found(**shipped, sparse="off").sparse == "off"
+    assert found(sparse_attention_config=BUDGETS).sparse == "auto"  # as in vLLM while it had this attention
+    assert found(sparse_attention_config=BUDGETS, sparse_attention_enabled=False).sparse == "off"
     settings = found(sparse="block_scores", mass=0.7, density=0.5, kernel="flex", block_size=32)
     assert (settings.mass, settings.density, settings.kernel, settings.tile) == (0.7, 0.5, "flex", 32)
 

@@ -81,8 +81,8 @@ def uses_dual_chunk(config: Any) -> bool:
 def long_context(config: Any) -> LongContextConfig:
     """The settings in the section of a checkpoint's config, or of ``--hf-overrides``.
 
-    Without `sparse` in the section, prefill is sparse where the checkpoint says so (`sparse_attention_enabled`) and a
-    fast kernel takes block lists.
+    Without `sparse` in the section, prefill is sparse where the checkpoint says so (`sparse_attention_enabled`, or that
+    there are budgets) and a fast kernel takes block lists.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def long_context(config: Any) -> LongContextConfig:
             f"{_TEMPERATURE} true goes by the length of the whole prompt, which the engine does not know: set "
             '"position" or false'
         )
-    enabled = section.get(_ENABLED, False)
+    enabled = section.get(_ENABLED, bool(section.get("sparse_attention_config")))
     if not isinstance(enabled, bool):
         raise InvalidType(f"{_ENABLED} must be true or false, got {enabled!r}")
     given = {key: section[key] for key in _OURS if key in section}
