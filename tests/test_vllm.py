@@ -445,8 +445,29 @@ def test_speculative_decoding(model):
         stop(engine)
 
 
-@pytest.fixture
-def server(plain, tmp_path):
+@pytest.mark.skipif(ON_GPU, reason="a toy on the CPU")
+def test_bench(tmp_path):
+    """`qwen-longctx bench vllm` on a toy: dense and sparse, each engine by itself."""
+    output = tmp_path / "vllm.json"
+    command = [sys.executable, "-m", "qwen_longctx.cli", "bench", "vllm", "--tiny", "--lengths", "300", "900"]
+    command += ["--whole-up-to", "500", "--prefill-chunk-size", "400", "--density", "0.4", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [300, 300, 900, 900, 300, 900]
+    assert all(row["first_token_seconds"] > 0 and len(row["seconds"]["tokens"]) == 32 for row in rows[:4])
+    assert all(row["first_token_ratio"] > 0 and row["token_ratio"] > 0 for row in rows[4:])
+
+
+def test_bench_tells_what_its_process_refuses():
+    config = bench._config(True, "qwen2.5-7b")
+    config.dual_chunk_attention_config["sparse_attention_enabled"] = "maybe"
+    with pytest.raises(NotImplementedError, match="vLLM could not measure 400 tokens: .*must be true or false"):
+        list(bench.served(config, [400], {"sparse": "off"}, 400, 2))
+
+
+@pytest.fixture(scope="module")
+def server(plain, tmp_path_factory):
     """The server of the OpenAI API on the checkpoint without the section; two processes hold half of the heads each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -461,7 +482,7 @@ def server(plain, tmp_path):
     of_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "TRITON_INTERPRET")
     environment = {key: value for key, value in os.environ.items() if key not in of_tests}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    log = tmp_path / "log"
+    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -519,24 +540,3 @@ def test_passkeys_without_a_server(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9/v1 does not answer")
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(ON_GPU, reason="a toy on the CPU")
-def test_bench(tmp_path):
-    """`qwen-longctx bench vllm` on a toy: dense and sparse, each engine by itself."""
-    output = tmp_path / "vllm.json"
-    command = [sys.executable, "-m", "qwen_longctx.cli", "bench", "vllm", "--tiny", "--lengths", "300", "900"]
-    command += ["--whole-up-to", "500", "--prefill-chunk-size", "400", "--density", "0.4", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(output.read_text())["rows"]
-    assert [row["tokens"] for row in rows] == [300, 300, 900, 900, 300, 900]
-    assert all(row["first_token_seconds"] > 0 and len(row["seconds"]["tokens"]) == 32 for row in rows[:4])
-    assert all(row["first_token_ratio"] > 0 and row["token_ratio"] > 0 for row in rows[4:])
-
-
-def test_bench_tells_what_its_process_refuses():
-    config = bench._config(True, "qwen2.5-7b")
-    config.dual_chunk_attention_config["sparse_attention_enabled"] = "maybe"
-    with pytest.raises(NotImplementedError, match="vLLM could not measure 400 tokens: .*must be true or false"):
-        list(bench.served(config, [400], {"sparse": "off"}, 400, 2))
