@@ -48,7 +48,7 @@ class Batch:
         pages = torch.randperm(len(requests) * self.width, generator=torch.Generator().manual_seed(1))
         self.table = pages.view(len(requests), self.width).int()
 
-    def step(self, settings, longest=None, host=None, dtype=torch.float64, plan=None):
+    def step(self, settings, longest=None, host=None, dtype=torch.float64, plan=None, padding=0):
         return lay_out(
             plan,
             settings.geometry,
@@ -56,7 +56,7 @@ class Batch:
             self.starts,
             self.starts if host is None else host,
             self.lengths,
-            rows=int(self.starts[-1]),
+            rows=int(self.starts[-1]) + padding,
             dtype=dtype,
             **self.size(longest),
         ).on(self.table, self.page)

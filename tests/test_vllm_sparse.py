@@ -118,6 +118,20 @@ def test_pages_are_attended_to_as_tensors_are(requests, page, rule, layer):
         torch.testing.assert_close(ours.records[0].recall, theirs.records[0].recall)
 
 
+@pytest.mark.parametrize("requests", [[(0, 200), (90, 1)], [(0, 200)]])
+def test_rows_of_padding_change_nothing(requests):
+    """An engine may have more rows than its requests own, and look at none of them."""
+    dual, _, sparse = prefill(**RULES[0])
+    batch = Batch(requests, 16)
+    numbers = Numbers(batch, dual)
+    plan = sparse.plan(batch.starts, batch.lengths, **batch.size())
+    wanted = attended(numbers.rows, batch.step(dual, plan=plan), numbers.pages)
+    padded = torch.cat((numbers.rows, torch.full((5, 4, 8), torch.nan, dtype=torch.float64)))
+    plan = sparse.plan(batch.starts, batch.lengths, **batch.size())
+    out = attended(padded, batch.step(dual, plan=plan, padding=5), numbers.pages)
+    assert torch.equal(out[:-5], wanted)
+
+
 def test_some_of_it_is_sparse():
     """That the test above compares what it says: of `LONG` four requests are parts of long prompts."""
     dual, _, sparse = prefill(density=0.3, sparse="block_scores")
