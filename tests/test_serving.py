@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ from qwen_longctx.patches import room
 from qwen_longctx.prefill import memory
 from qwen_longctx.serving import requests
 from qwen_longctx.serving.engine import Cancelled, Engine, Turn
-from qwen_longctx.serving.stops import Cutter, CutQueue, cut
+from qwen_longctx.serving.stops import CutQueue, Cutter, cut
 
 OLD = Version(transformers.__version__) < Version(serving.OLDEST)
 over_http = pytest.mark.skipif(
@@ -120,7 +121,7 @@ REFUSED = [
     ({**HELLO, "seed": 0.5}, "seed must be a whole number of 64 bits, got 0.5"),
     ({**HELLO, "seed": 1 << 64}, "seed must be a whole number of 64 bits"),
     ({**HELLO, "generation_config": {}}, "must be a string that holds JSON"),
-    *(({**HELLO, "max_tokens": value}, "max_tokens must be a whole number from 1") for value in (0, -1, 1.5, "3", True)),
+    *(({**HELLO, "max_tokens": x}, "max_tokens must be a whole number from 1") for x in (0, -1, 1.5, "3", True)),
     ({**HELLO, "max_tokens": 10**30}, "max_tokens must be a whole number from 1 to 1,000,000,000,000,000"),
     *(({**HELLO, "temperature": x}, "temperature must be a number from 0 to 100") for x in (-1, float("nan"), "hot")),
     ({**HELLO, "top_p": 0}, "top_p must be a number above 0"),
@@ -245,7 +246,8 @@ def test_eight_bits_go_on_as_in_one_cache(ids):
     longer = torch.cat((first.sequences, ids[:, :40]), 1)
     second = ask(engine, longer)
     assert engine.reused == first.sequences.shape[1] - 1
-    torch.testing.assert_close(torch.stack(second.scores), torch.stack(fresh(engine, longer).scores), rtol=0.1, atol=0.1)
+    expected = torch.stack(fresh(engine, longer).scores)
+    torch.testing.assert_close(torch.stack(second.scores), expected, rtol=0.1, atol=0.1)
     engine.close()
 
 
@@ -405,9 +407,7 @@ def post(port, path, body):
 def of_chat(client, text, stream=False, **options):
     """Text, reason of the end and usage of an answer."""
     messages = [{"role": "user", "content": text}]
-    got = client.chat.completions.create(
-        model="tiny", messages=messages, stream=stream, **{"max_tokens": 8, **options}
-    )
+    got = client.chat.completions.create(model="tiny", messages=messages, stream=stream, **{"max_tokens": 8, **options})
     if not stream:
         return got.choices[0].message.content, got.choices[0].finish_reason, got.usage
     parts = list(got)
@@ -535,13 +535,13 @@ def test_models_and_health(server, client):
         ("/v1/chat/completions", b"[" * 100_000, 400, "the body is no JSON"),
         ("/v1/completions", b"", 400, "the body is no JSON"),
         ("/v1/completions", [], 400, "must be a JSON object"),
-        ("/v1/completions", {"prompt": "a", "model": "Qwen/Qwen2.5-7B"}, 404, "there is no model 'Qwen/Qwen2.5-7B' here"),
+        ("/v1/completions", {"prompt": "a", "model": "gpt"}, 404, "there is no model 'gpt' here: this server"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, 400, "suffix='b' is not supported"),
         ("/v1/completions", {"prompt": "a", "generation_config": "{"}, 400, "cannot be answered: JSONDecodeError"),
-        ("/v1/completions", {"prompt": "a", "generation_config": '{"num_beams": 2}'}, 400, "num_beams=2 is not supported"),
+        ("/v1/completions", {"prompt": "a", "generation_config": '{"num_beams": 2}'}, 400, "num_beams=2 is not"),
         ("/v1/completions", {"prompt": "a", "generation_config": '{"cache_implementation": "paged"}'}, 400, "batching"),
         ("/v1/chat/completions", {**HELLO, "logit_bias": {"a": 1}}, 400, "cannot be answered: ValueError"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}, 400, "cannot be answered"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}]}, 400, "holds no tokens"),
         (
             "/v1/chat/completions",
             b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
@@ -685,3 +685,23 @@ def test_another_model_is_not_served(tmp_path, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "llama"}))
     assert main(["serve", str(tmp_path / "llama"), "--port", "0"]) == 2
     assert "is a model of type 'llama'" in capsys.readouterr().err
+
+
+@over_http
+def test_the_client_of_the_documentation(server, tokenizer, tmp_path, monkeypatch, capsys):
+    """Copied and pasted, but for the port, the name and the number of tokens."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
+    code = page.partition("<!-- tested: one user -->\n```python\n")[2].partition("```")[0]
+    for shown, ours in (
+        ("localhost:8000", f"127.0.0.1:{server.port}"),
+        ("Qwen/Qwen2.5-7B-Instruct-1M", "tiny"),
+        ("stream=True", "stream=True, max_tokens=8"),
+        ("\\n\\nSummarise this text.", "\\nWhat is the pass key? The pass key is"),
+    ):
+        assert shown in code
+        code = code.replace(shown, ours)
+    (tmp_path / "a_very_long_file.txt").write_text(haystack(tokenizer, "60512", 2048).partition("\nWhat")[0])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "serving.md", "exec"), {})
+    assert capsys.readouterr().out.strip().startswith("60512")
+    assert server.engine.reused > 2048

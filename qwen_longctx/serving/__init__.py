@@ -1,8 +1,8 @@
 """One user, one command: the handlers of transformers' own server around one patched model.
 
-`engine` runs the model, a request after the other, and keeps the cache of the last conversation. `requests` says what a
-request may ask for. `stops` cuts texts at stop strings. `app` joins them with the handlers of transformers. Nothing here
-is imported by the rest of the package but by ``qwen-longctx serve``.
+`engine` runs the model, a request after the other, and keeps the cache of the last conversation. `requests` says what
+a request may ask for. `stops` cuts texts at stop strings. `app` joins them with the handlers of transformers, the only
+module that imports these. Only ``qwen-longctx serve`` needs any of it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def check_available(version: str = transformers.__version__) -> None:
     """
     if Version(version).release < Version(OLDEST).release:
         raise MissingPackage(
-            f"serving needs transformers {OLDEST} or newer, whose server answers chats and completions; found {version}: "
-            f'pip install "transformers>={OLDEST}"'
+            f"serving needs transformers {OLDEST} or newer, whose server answers chats and completions, found "
+            f'{version}: pip install "transformers>={OLDEST}"'
         )
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:

@@ -49,7 +49,6 @@ def make_app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
         engine.close()
 
     app = FastAPI(lifespan=lifespan)
-    app.add_exception_handler(Exception, _internal)
     app.add_exception_handler(HTTPException, _of_transformers)
     served = _Served(engine.model, tokenizer, name)
 
@@ -66,6 +65,11 @@ def make_app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
             return await _until_left(request, turn, _reply(kind(served, state), body, turn))
         except Refused as error:
             return _refusal(error)
+        except HTTPException:
+            raise
+        except Exception as error:
+            logger.exception("a request ended with an error")
+            return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), 500)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -166,10 +170,6 @@ def _refusal(error: Exception) -> Response:
     return JSONResponse(_error(str(error), "invalid_request_error", code), 400)
 
 
-async def _internal(request: Request, error: Exception) -> Response:
-    return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), 500)
-
-
 async def _of_transformers(request: Request, error: Any) -> Response:
     return JSONResponse(_error(str(error.detail), "invalid_request_error"), error.status_code)
 
@@ -239,7 +239,7 @@ class _Sampling:
         config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
         if body.get("temperature"):
             config.do_sample = True
-        if config.sequence_bias is not None:
+        if isinstance(config.sequence_bias, dict):
             config.sequence_bias = {ids: float(bias) for ids, bias in config.sequence_bias.items()}
         requests.check_generation(config)
         return config

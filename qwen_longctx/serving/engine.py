@@ -164,9 +164,15 @@ class Engine:
             raise
         finally:
             hook.remove()
-            held = cache.get_seq_length()
-            if whole and held and not sequence_of(cache).broken:  # a call that fails leaves it as it was
-                self._kept = _Kept(listener.ids()[:held], cache)
+            if whole:
+                self._keep(listener.ids(), cache)
+
+    def _keep(self, ids: torch.Tensor, cache: LongContextCache) -> None:
+        """Keep a cache after a run on `ids`, wherever that ended: a call that fails leaves its cache as it was."""
+        cache.crop(min(len(ids), cache.get_seq_length()))  # a token may be on its way that was not told yet
+        held = cache.get_seq_length()
+        if held and not sequence_of(cache).broken:
+            self._kept = _Kept(ids[:held], cache)
 
     def close(self) -> None:
         """Cancel all requests, and wait for the one that runs to stop."""

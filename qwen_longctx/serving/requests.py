@@ -1,8 +1,7 @@
-"""What a request may ask for: everything else is refused before work starts, and nothing is ignored that would matter."""
+"""What a request may ask for: everything else is refused before work starts, and nothing that matters is ignored."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,16 +32,16 @@ _TAKEN = {
     "top_p",
     "user",
 }
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # values of others that ask for nothing
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (False,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("auto",),
-    "top_logprobs": (0,),
+_NEUTRAL: dict[str, Any] = {  # values of others that ask for nothing
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "n": 1,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "suffix": "",
+    "tool_choice": "auto",
+    "top_logprobs": 0,
 }
 _ONE_ROW = ("num_beams", "num_return_sequences")
 
@@ -66,7 +65,7 @@ def check(body: Any, chat: bool) -> None:
     for name, value in list(body.items()):
         if value is None:
             del body[name]  # as if it had been left out
-        elif name not in _TAKEN and not any(value == one and type(value) is type(one) for one in _NEUTRAL.get(name, ())):
+        elif name not in _TAKEN and (name not in _NEUTRAL or value != _NEUTRAL[name]):
             raise Unsupported(f"{name}={value!r:.80} is not supported by this server: leave it out")
     for name in ("max_tokens", "max_completion_tokens"):
         _number(body, name, int, lambda n: 1 <= n <= MOST_TOKENS, f"a whole number from 1 to {MOST_TOKENS:,}")
@@ -112,7 +111,7 @@ def _check_messages(messages: Any) -> None:
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
             continue
         if not isinstance(content, list):
-            raise InvalidValue(f"the content of messages[{number}] must be a text or a list of parts, got {content!r:.80}")
+            raise InvalidValue(f"the content of messages[{number}] must be a text or a list, got {content!r:.80}")
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise Unsupported(f"messages[{number}] holds {part!r:.80}: this model reads parts of type text only")
@@ -129,8 +128,7 @@ def _number(body: dict[str, Any], name: str, kind: type, fits: Callable[[Any], b
     value = body.get(name)
     if value is None:
         return
-    known = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-    if not known or not fits(value):
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or value != value or not fits(value):
         raise InvalidValue(f"{name} must be {what}, got {value!r:.80}")
 
 

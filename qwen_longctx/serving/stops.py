@@ -78,8 +78,6 @@ class CutQueue:
         return self._ready.pop(0)
 
     def _take(self, item: Any) -> None:
-        if type(item) is str:  # text of the reasoning is of a class of its own
-            pieces = [self._cutter.feed(item)]
-        else:
-            pieces = [self._cutter.flush(), item]
+        plain = type(item) is str  # text of the reasoning is of a class of its own
+        pieces = [self._cutter.feed(item)] if plain else [self._cutter.flush(), item]
         self._ready += [piece for piece in pieces if piece != ""]
