@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -24,7 +26,7 @@ from packaging.version import Version
 from transformers import AutoTokenizer, GenerationConfig
 
 from helpers import tiny_model
-from qwen_longctx import patch_qwen, serving, settings_of
+from qwen_longctx import LongContextCache, patch_qwen, serving, settings_of
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import DoesNotFit, InvalidValue, MissingPackage, PatchConflict, Refused
 from qwen_longctx.evaluation import passkey
@@ -32,7 +34,7 @@ from qwen_longctx.patches import room
 from qwen_longctx.prefill import memory
 from qwen_longctx.serving import requests
 from qwen_longctx.serving.engine import Cancelled, Engine, Turn
-from qwen_longctx.serving.stops import CutQueue, Cutter, cut
+from qwen_longctx.serving.stops import CutQueue, Cutter, StopsAt, cut
 
 OLD = Version(transformers.__version__) < Version(serving.OLDEST)
 over_http = pytest.mark.skipif(
@@ -84,6 +86,14 @@ def test_pieces_are_cut_as_the_whole_text_is(pieces, stops):
         told += cutter.feed(piece)
         assert cut("".join(pieces[: number + 1]), stops).startswith(told)
     assert told + cutter.flush() == cut("".join(pieces), stops)
+
+
+def test_an_answer_ends_with_a_stop_string_in_it_and_not_in_its_prompt():
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    stop = StopsAt(["sky is", "€"], tokenizer, len(tokenizer("The sky is").input_ids))
+    for text, ends in ((" blue", False), (" sky", False), (" sky is", True), (" sky is blue", True), (" 5 €", True)):
+        ids = tokenizer(f"The sky is{text}", return_tensors="pt").input_ids
+        assert stop(ids, None).tolist() == [ends]
 
 
 def test_a_queue_holds_back_what_may_be_a_stop_string():
@@ -311,6 +321,32 @@ def test_an_error_keeps_the_conversation(ids):
         turn.begun.result()
     agree(ask(engine, ids), fresh(engine, ids))
     assert engine.reused >= 150
+    engine.close()
+
+
+@pytest.mark.parametrize("held", [0, 150], ids=["new", "continued"])
+def test_what_finds_no_memory_lets_go_of_its_own(ids, held, monkeypatch):
+    """At once, not when Python happens to look for circles: the next request wants the memory."""
+    monkeypatch.setattr(logging.getLogger("qwen_longctx.serving.engine"), "disabled", True)  # pytest keeps records
+    engine, turn = engine_of(), Turn()
+    if held:
+        ask(engine, ids[:, :held])
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    hook = engine.model.model.layers[1].register_forward_pre_hook(full)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            ask(engine, ids, turn)
+        assert isinstance(turn.error, torch.OutOfMemoryError)
+        assert not [one for one in gc.get_objects() if type(one) is LongContextCache]
+    finally:
+        gc.enable()
+    hook.remove()
+    agree(ask(engine, ids), fresh(engine, ids))
     engine.close()
 
 

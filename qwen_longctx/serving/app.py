@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from transformers import StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -23,7 +24,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 from qwen_longctx.errors import DoesNotFit, InvalidValue, MissingFile, Refused, Unsupported
 from qwen_longctx.serving import requests
 from qwen_longctx.serving.engine import Engine, Turn
-from qwen_longctx.serving.stops import CutQueue, cut
+from qwen_longctx.serving.stops import CutQueue, StopsAt, cut
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,6 @@ def make_app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
             return await _until_left(request, turn, _reply(kind(served, state), body, turn))
         except Refused as error:
             return _refusal(error)
-        except HTTPException:
-            raise
-        except Exception as error:
-            logger.exception("a request ended with an error")
-            return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), 500)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -105,8 +101,6 @@ async def _reply(handler: Any, body: dict[str, Any], turn: Turn) -> Response:
     Refused
         What is wrong with the request: all that comes up before it is on its way, and what transformers says of its
         values before the prompt begins.
-    Exception
-        Of an answer that is no stream, what came up after that.
     """
     try:
         response = await handler.handle_request(body, str(uuid.uuid4()))
@@ -116,8 +110,11 @@ async def _reply(handler: Any, body: dict[str, Any], turn: Turn) -> Response:
     except HTTPException:
         raise
     except Exception as error:
-        asked = turn.error is None or (turn.begun.exception() is error and isinstance(error, (ValueError, TypeError)))
-        if not asked or isinstance(error, Refused):
+        under_way = turn.begun.done() and turn.begun.exception() is None
+        of_its_values = turn.error is None or isinstance(error, (Refused, ValueError, TypeError))
+        if under_way or not of_its_values:
+            return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), 500)
+        if isinstance(error, Refused):
             raise
         logger.info("a request was refused", exc_info=error)
         raise InvalidValue(f"the request cannot be answered: {type(error).__name__}: {error}") from error
@@ -131,7 +128,6 @@ async def _told(parts: Any, turn: Turn) -> AsyncIterator[str]:
             text, bare, _ = part.partition(_BARE_ERROR)
             yield text
             if bare:
-                logger.error("an answer ended with an error", exc_info=turn.error)
                 yield f"data: {json.dumps(_error(str(turn.error), 'server_error'))}\n\n"
                 return
         yield "data: [DONE]\n\n"
@@ -211,7 +207,13 @@ class _OneTurn(GenerateManager):
 
     def __init__(self, engine: Engine, turn: Turn, stops: list[str]) -> None:
         self._engine, self._turn, self.stops = engine, turn, stops
-        self._runner = SimpleNamespace(generate=partial(engine.generate, turn))  # what is called of a model
+        self._runner = SimpleNamespace(generate=self._generate)  # what is called of a model
+
+    def _generate(self, **arguments: Any) -> Any:
+        if self.stops:
+            stop = StopsAt(self.stops, arguments["tokenizer"], arguments["input_ids"].shape[1])
+            arguments["stopping_criteria"] = StoppingCriteriaList([stop])
+        return self._engine.generate(self._turn, **arguments)
 
     def submit(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run on the thread of the engine."""
@@ -237,6 +239,7 @@ class _Sampling:
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
+        config.stop_strings = None  # see StopsAt
         if body.get("temperature"):
             config.do_sample = True
         if isinstance(config.sequence_bias, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from qwen_longctx import settings_of
-from qwen_longctx.errors import DoesNotFit, PatchConflict
+from qwen_longctx.errors import DoesNotFit, PatchConflict, Refused
 from qwen_longctx.kv.hf_cache import LongContextCache
 from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.kv.store import STEP
+
+logger = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):
@@ -58,9 +61,13 @@ class Turn:
             self.begun.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """Say what ended it."""
+        """Say what ended it, in the log with where it happened."""
+        before = not self.begun.done()
+        usual = isinstance(error, (Cancelled, Refused)) or (before and isinstance(error, (ValueError, TypeError)))
+        logger.log(logging.INFO if usual else logging.ERROR, "a request ended early: %s", error, exc_info=error)
+        _let_go(error)
         self.error = error
-        if not self.begun.done():
+        if before:
             self.begun.set_exception(error)
 
 
@@ -127,7 +134,8 @@ class Engine:
         if cache is not None:
             try:
                 return self._continued(turn, cache, arguments)
-            except DoesNotFit:  # a new one may be of a kind that takes less, and need not be copied to grow
+            except DoesNotFit as error:  # a new one may be of a kind that takes less, and need not be copied to grow
+                _let_go(error)
                 cache = self._kept = None
         return self._continued(turn, self._new_cache(arguments), arguments)
 
@@ -180,6 +188,13 @@ class Engine:
             turn.cancel()
         self._worker.shutdown(cancel_futures=True)
         self._kept = None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget the calls that an error came through, which keep a cache and activations for as long as it is known."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _at_chunk(turn: Turn) -> None:

@@ -6,10 +6,40 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers import StoppingCriteria
+
 
 def cut(text: str, stops: Sequence[str]) -> str:
     """`text` up to the first of `stops`."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class StopsAt(StoppingCriteria):
+    """Ends the answer of one row once a stop string is in it; it may be longer by the rest of the last token.
+
+    That of transformers looks at the end of the prompt too, and at every token of the vocabulary before it begins.
+
+    Parameters
+    ----------
+    stops : sequence of str
+        None of them empty.
+    tokenizer : transformers tokenizer
+    prompt : int
+        Tokens of the prompt.
+    """
+
+    _SPARE = 8  # tokens of no text, such as special ones
+
+    def __init__(self, stops: Sequence[str], tokenizer: Any, prompt: int) -> None:
+        self._stops, self._tokenizer, self._prompt = stops, tokenizer, prompt
+        self._reach = max(len(stop.encode()) for stop in stops) + self._SPARE  # a token of text is a byte at least
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether the row ends, bool of shape (1,); `input_ids` of shape (1, tokens)."""
+        last = input_ids[0, max(self._prompt, input_ids.shape[1] - self._reach) :]
+        text = self._tokenizer.decode(last, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self._stops)], device=input_ids.device)
 
 
 class Cutter:
