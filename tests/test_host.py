@@ -144,7 +144,7 @@ def test_sparse_decode_bit_for_bit(device, monkeypatch):
     model = tiny_model(head_dim=16, num_hidden_layers=3, **LONG).to(device)  # more layers than are there at once
     ids, more = prompt(1000, 2, device), prompt(40, 2, device, seed=2)
     cuts = [1, 4, 5, 13, 14, 15, 23, 31, 32, 33, 34, 38]
-    with patched_qwen(model, sparse="off", sparse_decode=0.1, prefill_chunk_size=300):
+    with patched_qwen(model, sparse="off", sparse_decode=0.1, sparse_decode_threshold=1, prefill_chunk_size=300):
         ours, theirs = LongContextCache(1100, kv_cache="host"), LongContextCache(1100)
         for cache in (ours, theirs):
             logits(model, ids, [], None, cache)

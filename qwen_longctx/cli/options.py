@@ -144,6 +144,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "fidelity": {"metavar": "{fast,balanced,careful}", "help": "how much of the attention sparse prefill keeps"},
     "block_size": {"type": at_least_one, "metavar": "TOKENS", "help": "tokens of a block of keys"},
     "sparse_decode": {"type": share, "metavar": "SHARE", "help": "share of the keys that a new token attends to"},
+    "sparse_decode_threshold": {"type": at_least_one, "metavar": "TOKENS", "help": "longer sequences decode sparsely"},
     "kernel": {"choices": KERNELS, "help": "attention kernel"},
     "cuda_graphs": {"type": switch, "metavar": "{on,off}", "help": "repeat the forward of a token as a CUDA graph"},
 }

@@ -20,6 +20,7 @@ _SETTINGS = (
     "sparse_attention_threshold",
     "fidelity",
     "sparse_decode",
+    "sparse_decode_threshold",
     "kernel",
     "kv_cache",
     "linear",
