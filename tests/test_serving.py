@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from transformers import AutoTokenizer, GenerationConfig
 
+import test_graphs
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, patch_qwen, serving, settings_of
 from qwen_longctx.cli import BUNDLED, main
@@ -36,6 +37,7 @@ from qwen_longctx.serving import requests
 from qwen_longctx.serving.engine import Cancelled, Engine, Turn
 from qwen_longctx.serving.stops import CutQueue, Cutter, StopsAt, cut
 
+tapes = test_graphs.tapes
 OLD = Version(transformers.__version__) < Version(serving.OLDEST)
 over_http = pytest.mark.skipif(
     OLD or find_spec("openai") is None or find_spec("uvicorn") is None,
@@ -347,6 +349,20 @@ def test_what_finds_no_memory_lets_go_of_its_own(ids, held, monkeypatch):
         gc.enable()
     hook.remove()
     agree(ask(engine, ids), fresh(engine, ids))
+    engine.close()
+
+
+@pytest.mark.parametrize("config", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "drafts"])
+def test_new_tokens_are_captured_as_without_a_server(ids, tapes, config):
+    """What watches the chunks of a prompt has left before the first new token; drafts are not captured, nor reused."""
+    engine = engine_of()
+    config = GenerationConfig(max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=96, **config)
+    for turn in range(2):
+        found = ask(engine, ids, config=config)
+        assert len(tapes) == (0 if config.prompt_lookup_num_tokens else turn + 1)
+        assert engine.reused == (199 if turn and tapes else 0)
+    assert all(tape.replays > 20 for tape in tapes)
+    assert found.tolist() == engine.model.generate(ids, generation_config=config).tolist()
     engine.close()
 
 

@@ -130,7 +130,7 @@ class Engine:
             raise
 
     def _run(self, turn: Turn, arguments: dict[str, Any]) -> Any:
-        cache = self._matching(arguments["input_ids"][0])
+        cache = self._matching(arguments["input_ids"][0], arguments["generation_config"])
         if cache is not None:
             try:
                 return self._continued(turn, cache, arguments)
@@ -139,12 +139,13 @@ class Engine:
                 cache = self._kept = None
         return self._continued(turn, self._new_cache(arguments), arguments)
 
-    def _matching(self, ids: torch.Tensor) -> LongContextCache | None:
+    def _matching(self, ids: torch.Tensor, config: Any) -> LongContextCache | None:
         """The kept cache, cropped to what it shares with a prompt; it is no longer kept."""
         kept, self._kept, self.reused = self._kept, None, 0
         settings = settings_of(self.model)
         assert settings is not None
-        if kept is None or settings.attention_temperature is True:  # by which a prompt's own length counts
+        own_length = settings.attention_temperature is True  # counts that of the prompt that fills the cache
+        if kept is None or own_length or config.prompt_lookup_num_tokens:  # drafts pass the whole text again
             return None
         shared = min(_shared(kept.ids, ids.cpu()), len(ids) - 1)  # the last token gives the first new one
         if 2 * shared < len(ids):
@@ -162,8 +163,9 @@ class Engine:
 
     def _continued(self, turn: Turn, cache: LongContextCache, arguments: dict[str, Any]) -> Any:
         """`generate` on a cache, which is kept with the tokens that it holds in the end."""
-        hook = self.model.model.layers[0].register_forward_pre_hook(lambda *_: _at_chunk(turn))
-        listener = _Listener(turn, hook.remove, arguments["input_ids"][0], arguments.get("streamer"))
+        prompt = arguments["input_ids"][0]
+        chunks = _Chunks(turn, self.model.model.layers[0], len(prompt) - cache.get_seq_length())
+        listener = _Listener(turn, prompt, arguments.get("streamer"))
         whole = True
         try:
             return self.model.generate(**{**arguments, "past_key_values": cache, "streamer": listener})
@@ -171,7 +173,7 @@ class Engine:
             whole = False  # what it takes is wanted more than what it holds
             raise
         finally:
-            hook.remove()
+            chunks.leave()
             if whole:
                 self._keep(listener.ids(), cache)
 
@@ -197,9 +199,34 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _at_chunk(turn: Turn) -> None:
-    turn.check()
-    turn.begin()
+class _Chunks:
+    """Watches a prompt from a layer: says that it has begun, and ends a cancelled run at the next chunk.
+
+    It leaves the layer with the last chunk: a token that is watched is not captured as a CUDA graph.
+
+    Parameters
+    ----------
+    turn : Turn
+    layer : torch.nn.Module
+        The first one.
+    tokens : int
+        Of the prompt that are to pass.
+    """
+
+    def __init__(self, turn: Turn, layer: Any, tokens: int) -> None:
+        self._turn, self._left = turn, tokens
+        self._hook = layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer: Any, args: Any) -> None:
+        self._turn.check()
+        self._turn.begin()
+        self._left -= args[0].shape[1]
+        if self._left <= 0:
+            self.leave()
+
+    def leave(self) -> None:
+        """Leave the layer."""
+        self._hook.remove()
 
 
 class _Listener:
@@ -208,15 +235,13 @@ class _Listener:
     Parameters
     ----------
     turn : Turn
-    prefilled : callable
-        Is called when the prompt has passed: what watches chunks would keep tokens from being captured as CUDA graphs.
     prompt : torch.Tensor
         Token ids of shape (tokens,).
     streamer : transformers streamer, optional
     """
 
-    def __init__(self, turn: Turn, prefilled: Callable[[], None], prompt: torch.Tensor, streamer: Any) -> None:
-        self._turn, self._prefilled, self._streamer = turn, prefilled, streamer
+    def __init__(self, turn: Turn, prompt: torch.Tensor, streamer: Any) -> None:
+        self._turn, self._streamer = turn, streamer
         self._prompt = prompt.to("cpu", torch.int64)
         self._new: list[int] | None = None  # until generate has passed the prompt, as it does first
 
@@ -225,7 +250,6 @@ class _Listener:
         if self._new is None:
             self._new = []
         else:
-            self._prefilled()
             self._new += value.reshape(-1).tolist()
         self._turn.check()
         if self._streamer is not None:
