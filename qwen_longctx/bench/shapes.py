@@ -33,9 +33,14 @@ def model_config(tiny: bool = False, layers: int | None = None, shape: str = NAM
 def random_model(
     device: torch.device, tiny: bool = False, layers: int | None = None, shape: str = NAMES[0]
 ) -> Qwen2ForCausalLM:
-    """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
+    """`random_weights` of a `model_config`."""
+    return random_weights(model_config(tiny, layers, shape), device)
+
+
+def random_weights(config: Qwen2Config, device: torch.device) -> Qwen2ForCausalLM:
+    """A model of normal random weights (standard deviation 0.02), bf16, made on `device`."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(model_config(tiny, layers, shape)).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
