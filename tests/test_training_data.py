@@ -139,6 +139,11 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "h.txt").write_text(" \n\n")
     (tmp_path / "i.gz").write_bytes(gzip.compress(b"text" * 100)[:-20])
     (tmp_path / "j").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "0.md").symlink_to(tmp_path / "b" / "one.md")  # among the files anyway
+    (tmp_path / ".outside").write_text("linked to")
+    (tmp_path / "k.txt").symlink_to(tmp_path / ".outside")
+    (tmp_path / "l.txt").symlink_to(tmp_path / ".outside")
+    (tmp_path / "m.txt").symlink_to(tmp_path / "nowhere")
     skipped: list[tuple[str, str]] = []
     found = [entry for file in documents.files_of([str(tmp_path)]) for entry in documents.read_file(file, skipped)]
     texts = {entry.name: "".join(entry.parts) for entry in found if isinstance(entry, documents.Text)}
@@ -150,6 +155,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         ("c.json:2", "second"),
         ("d.json", '{"setting": 3}'),
         ("e.txt.gz", "packed"),
+        ("k.txt", "linked to"),
     ]
     assert [entry.messages for entry in found if isinstance(entry, documents.Conversation)] == [TALK]
     related = {entry.name: entry.related for entry in found if isinstance(entry, documents.Text)}
@@ -402,6 +408,13 @@ def test_bad_folders(tmp_path, prepare, error, match):
     prepare(path)
     with pytest.raises(error, match=match):
         source(DataSettings(paths=[str(path)]), tokenizer(), 0)
+
+
+def test_nothing_is_left_of_a_source_that_is_refused(tmp_path):
+    talks = rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 3 + [{"messages": []}])
+    with pytest.raises(InvalidValue):
+        source(DataSettings(paths=[talks], cache=str(tmp_path / "cache")), tokenizer(), 0)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_bad_files(tmp_path):

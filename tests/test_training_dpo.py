@@ -1,4 +1,4 @@
-"""Preference training through TRL, which patched models run in: the example of docs/training.md, and without an adapter."""
+"""Preference training of patched models through TRL: the example of docs/training.md, and without an adapter."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -332,9 +333,15 @@ def source(data: DataSettings, tokenizer: Any, seed: int) -> Source:
     folder = Path(temporary.name if temporary else str(data.cache), _key(texts, conversations, rows, tokenizer))
     store = stores.open_store(folder)
     if store is None:
-        check_writable(folder / "index.npz")
+        check_writable(folder.parent / "index.npz")
         skipped: list[tuple[str, str]] = []
-        stores.write(_entries(texts, conversations, rows, data.dataset, skipped), skipped, tokenizer, folder)
+        entries = _entries(texts, conversations, rows, data.dataset, skipped)
+        try:
+            stores.write(entries, skipped, tokenizer, folder)
+        except BaseException:
+            with suppress(OSError):  # of a folder that holds something
+                folder.rmdir()
+            raise
         store = stores.open_store(folder)
         assert store is not None
     _tell(store.skipped)
@@ -349,15 +356,15 @@ def _entries(
     """All documents, in an order that the names decide."""
     from transformers.utils.logging import tqdm
 
-    for file in tqdm(texts, desc="reading text", unit="file"):
-        yield from read_file(file, skipped)
-    if rows is not None:
-        yield from tqdm(read_dataset(rows, str(name)), desc="reading the data set", unit="row", total=len(rows))
     for file in conversations:
         for entry in read_file(file, skipped):
             if isinstance(entry, Text):
                 raise InvalidValue(f"{entry.name} is among the conversations and holds text: name it in paths")
             yield entry
+    for file in tqdm(texts, desc="reading text", unit="file"):
+        yield from read_file(file, skipped)
+    if rows is not None:
+        yield from tqdm(read_dataset(rows, str(name)), desc="reading the data set", unit="row", total=len(rows))
 
 
 def _key(texts: list[File], conversations: list[File], rows: Any, tokenizer: Any) -> str:
