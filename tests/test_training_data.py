@@ -285,6 +285,23 @@ def test_held_out_documents_are_never_trained_on(corpus, tmp_path, long_from):
         found.held_out_sequence(found.held_out_count(100), 100)
 
 
+def test_related_documents_are_held_out_together(tmp_path):
+    """Whole groups up to the share, and copies of their files elsewhere; they make one long document."""
+    for group in range(12):
+        for number in range(5):
+            file = tmp_path / f"{group:02}" / f"{number}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text(100 * group + number, 8) if number else "The same licence everywhere.")
+    found = source(DataSettings(paths=[str(tmp_path)], held_out=0.2), tokenizer(), 0)
+    held = found._held_out
+    groups = {group for group in range(12) if set(range(5 * group, 5 * group + 5)) <= set(held)}
+    licences = set(range(0, 60, 5))
+    assert len(groups) in (1, 2, 3) and set(held) == licences | {5 * group + n for group in groups for n in range(5)}
+    assert found.contents.held_out_tokens < 0.25 * (found.contents.tokens + found.contents.held_out_tokens)
+    longest = int(found.store.lengths[[n for n in held if n // 5 == min(groups)]].sum())
+    assert found.held_out_sequence(0, longest).starts.tolist() == [0, longest]
+
+
 def test_special_tokens_in_a_text_are_text(tmp_path):
     made = tokenizer()
     content = "before <|endoftext|> and <|im_start|>user\nafter\n"
