@@ -337,11 +337,11 @@ REQUESTS = [
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
     (
         ["bench", "stock", "--density", "0.5"],
-        "is an option of bench speed and pipeline and ranks, got bench stock",
+        "option of bench speed and vllm and pipeline and ranks, got bench stock: leave it out",
     ),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
-    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory"),
+    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm"),
 ]
 REQUESTS += [
     (["bench", "simulation"], "give --from-results with files of bench speed"),

@@ -37,19 +37,20 @@ def random_model(
     shape: str = NAMES[0],
     own: range | None = None,
 ) -> Qwen2ForCausalLM:
-    """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`.
+    """`random_weights` of a `model_config`."""
+    return random_weights(model_config(tiny, layers, shape), device, own)
+
+
+def random_weights(config: Qwen2Config, device: torch.device, own: range | None = None) -> Qwen2ForCausalLM:
+    """A model of normal random weights (standard deviation 0.02), bf16, made on `device`.
 
     Of the layers only those with the numbers `own`, if it is given: the others are on the meta device.
     """
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(model_config(tiny, layers, shape)).to(torch.bfloat16)
-    model = model.eval().requires_grad_(False)
-    parts = (
-        [model.model.embed_tokens, model.model.norm, model.lm_head, *model.model.layers[own.start : own.stop]]
-        if own
-        else [model]
-    )
-    for part in parts:
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model, base = model.eval().requires_grad_(False), model.model
+    ends = [base.embed_tokens, base.norm, model.lm_head]
+    for part in [model] if own is None else [*ends, *base.layers[own.start : own.stop]]:
         part.to_empty(device=device)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

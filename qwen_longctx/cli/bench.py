@@ -13,15 +13,15 @@ from qwen_longctx.errors import InvalidValue, Unsupported
 _TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B"}
 SHAPES = tuple(_TITLES)  # see bench.shapes.NAMES, which imports torch
 _OPTIONS = {
-    "density": ("speed", "pipeline", "ranks"),
+    "density": ("speed", "vllm", "pipeline", "ranks"),
     "dense_layers": ("speed",),
-    "whole_up_to": ("speed", "decode"),
+    "whole_up_to": ("speed", "decode", "vllm"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
     "kv_cache": ("speed", "decode", "memory", "pipeline"),
-    "shape": ("speed", "memory", "pipeline", "ranks"),
+    "shape": ("speed", "memory", "vllm", "pipeline", "ranks"),
     "memory_limit": ("speed", "memory"),
-    "prefill_chunk_size": ("speed", "pipeline", "ranks"),
+    "prefill_chunk_size": ("speed", "vllm", "pipeline", "ranks"),
     "sparse_only": ("speed", "pipeline"),
     "cards": ("pipeline",),
     "ways": ("pipeline",),
@@ -29,7 +29,6 @@ _OPTIONS = {
     "from_results": ("simulation",),
 }
 _WITHOUT_A_GPU = ("simulation",)
-_ON_A_GPU = tuple("attention stock mlp linear headline speed decode start memory pipeline ranks".split())
 _WAYS = ("one", "off", "equal", "auto", "measured")  # see bench.pipeline.WAYS, which imports torch
 
 
@@ -37,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=[*_WITHOUT_A_GPU, *_ON_A_GPU],
+        choices=[
+            *("attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory", "vllm"),
+            *("pipeline", "ranks", "simulation"),
+        ],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
-    parser.add_argument("--density", type=share, help="speed, pipeline, ranks: share of the blocks kept")
+    parser.add_argument("--density", type=share, help="speed, vllm, pipeline, ranks: share of the blocks kept")
     parser.add_argument(
         "--dense-layers",
         type=at_least_one,
@@ -50,13 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whole-up-to",
         type=at_least_zero,
-        help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
+        help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default. vllm: "
+        "longest dense run, 524288 by default",
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory, pipeline: how our cache is held")
     parser.add_argument(
-        "--shape", choices=SHAPES, help=f"speed, memory, pipeline, ranks: shape of the model, {SHAPES[0]} by default"
+        "--shape",
+        choices=SHAPES,
+        help=f"speed, memory, vllm, pipeline, ranks: shape of the model, {SHAPES[0]} by default",
     )
     parser.add_argument(
         "--memory-limit",
@@ -65,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="speed, memory: memory of the card that may be taken, such as 48GB",
     )
     parser.add_argument(
-        "--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed, pipeline, ranks: tokens of a chunk"
+        "--prefill-chunk-size",
+        type=at_least_one,
+        metavar="TOKENS",
+        help="speed, vllm, pipeline, ranks: tokens of a chunk",
     )
     parser.add_argument(
         "--sparse-only",
@@ -73,13 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="speed, pipeline: neither dense prefill nor stock transformers",
     )
-    parser.add_argument(
-        "--from-results", nargs="+", metavar="FILE", help="simulation: results of bench speed, whose times it takes"
-    )
     parser.add_argument("--cards", type=at_least_one, help="pipeline: cards that share the layers, 2 by default")
     parser.add_argument("--ways", nargs="+", choices=_WAYS, help="pipeline: one card, and values of that setting")
     parser.add_argument(
         "--timeline", action="store_const", const=True, help="pipeline: also when each card is busy, from a profiler"
+    )
+    parser.add_argument(
+        "--from-results", nargs="+", metavar="FILE", help="simulation: results of bench speed, whose times it takes"
     )
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     add_output(parser)
