@@ -217,8 +217,7 @@ def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     kernels = _liger_for(x)
     if kernels is None:
         return norm(x)
-    learned = norm.modules_to_save[norm.active_adapters[0]] if hasattr(norm, "modules_to_save") else norm
-    return kernels.rms_norm(x, learned.weight, learned.variance_epsilon)
+    return kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 def _liger_for(x: torch.Tensor) -> Any:
