@@ -27,7 +27,7 @@ def load_config(name: str, any_model: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    with _reading("config", name):
+    with reading("config", name):
         config = AutoConfig.from_pretrained(name)
     if not any_model and not _is_qwen(config):
         known = ", ".join(_families())
@@ -58,7 +58,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _reading("tokenizer", name):
+    with reading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         encoded = tokenizer("The grass is green.", add_special_tokens=False).input_ids
     if not encoded:  # transformers 5 makes an empty one where there are no files
@@ -79,7 +79,7 @@ def load_model(args: argparse.Namespace) -> Any:
 
     if args.device_map == "meta":
         raise InvalidValue("--device-map meta loads no weights: name a device that holds them, or auto")
-    with _reading("weights", args.model):
+    with reading("weights", args.model):
         model, info = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map, output_loading_info=True
         )
@@ -128,7 +128,7 @@ def _memory_of_the_machine() -> int:
 
 
 @contextmanager
-def _reading(what: str, name: str) -> Iterator[None]:
+def reading(what: str, name: str) -> Iterator[None]:
     """Tell in one line what transformers says about files of the user's: anything may be in them, and go wrong."""
     try:
         yield

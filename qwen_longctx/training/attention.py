@@ -127,7 +127,7 @@ def _cudnn_backward(
     causal: bool,
     scale: float,
 ) -> Gradients:
-    """cuDNN's own backward, which takes the log-sum-exp of its own forward only: here a document is the whole softmax."""
+    """cuDNN's own backward, for the log-sum-exp of its own forward: here a document is the whole softmax."""
     queries, keys, nothing = q.shape[1], k.shape[1], torch.zeros((), dtype=torch.int64, device=q.device)
     grad, q, k, v, out = (aten.roomless(x).transpose(1, 2) for x in (grad.contiguous(), q, k, v, out.contiguous()))
     gradients = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -149,8 +149,9 @@ def _cudnn_where_long_backward(grad: torch.Tensor, q: torch.Tensor, *rest: torch
 
 
 def _why_not_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    lack = aten.why_not_flash(device, dtype, head_dim) if device.type == "cuda" else "runs on CUDA devices"
-    return lack or aten.why_not_cudnn(device, dtype, head_dim, _CUDNN_LEAST)
+    if device.type != "cuda":
+        return "runs on CUDA devices"
+    return aten.why_not_cudnn(device, dtype, head_dim, _CUDNN_LEAST)
 
 
 def _engine(name: str) -> Kernel:
@@ -291,9 +292,7 @@ def _drawn(
     return tensors, Documents(starts)
 
 
-def _wrong(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
-) -> str:
+def _wrong(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str:
     """How a kernel fails on two documents, empty if it does not: it need be there, run, and compute the definition."""
     if kernel.name in ("reference", "cpu"):
         return ""

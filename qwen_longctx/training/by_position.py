@@ -26,8 +26,7 @@ def by_position(trained: Trained, texts: Sequence[Packed]) -> list[dict[str, Any
     Returns
     -------
     list of dict
-        ``first`` and ``last`` position of a range, mean ``loss`` in nats, and ``tokens``; ranges without tokens are left
-        out.
+        ``first`` and ``last`` position of a range, mean ``loss`` in nats, and ``tokens``; ranges without any are left out.
     """
     length = max(len(text.ids) for text in texts)
     width = -(-length // BINS)

@@ -28,8 +28,8 @@ PEAKS = {
 def model_flops(model: nn.Module, config: Any, tokens: int, pairs: int) -> int:
     """Operations of forward and backward that the model asks for, whatever is computed twice.
 
-    A product with a matrix takes 2 a number and token forward, 2 for the gradient of its input, and 2 more if the matrix
-    learns. Attention takes 4 a pair and number of a head forward, and twice that backward.
+    A product with a matrix takes 2 a number and token forward, 2 for the gradient of its input, and 2 more if the
+    matrix learns. Attention takes 4 a pair and number of a head forward, and twice that backward.
 
     Parameters
     ----------

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.errors import InvalidValue
 from qwen_longctx.evaluation.environment import environment
 from qwen_longctx.files import replacing
+from qwen_longctx.kv.fingerprint import fingerprint
 from qwen_longctx.training import result
 from qwen_longctx.training.attention import Choice, Documents, choose
 from qwen_longctx.training.by_position import by_position, figure
@@ -160,7 +160,7 @@ class _Run:
         recipe, self.ranks = prepared.recipe, prepared.ranks
         self.recipe, self.folder, self.source, self.prepared = recipe, prepared.folder, prepared.source, prepared
         self.config, self.device = model.config, model.device
-        self.of_weights = _weights(model)
+        self.of_weights = fingerprint(model.model)["weights"]
         self.state = self.folder.load()
         if self.state is not None and self.state["of_weights"] != self.of_weights:
             raise InvalidValue(
@@ -216,7 +216,11 @@ class _Run:
         """All steps that are left; the texts of the next are made meanwhile."""
         base: float | None = None
         bar = transformers_logging.tqdm(
-            total=self.recipe.steps, initial=self.step, desc="Training", unit="step", disable=not self.ranks.first or None
+            total=self.recipe.steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not self.ranks.first or None,
         )
         with ThreadPoolExecutor(1) as maker, bar:
             coming = maker.submit(self._sequences, self.step)
@@ -378,30 +382,14 @@ def _held_out(data: Source, recipe: Recipe) -> tuple[Packed, ...]:
         return ()
     count = min(wanted, data.held_out_count(length))
     if count < wanted:
-        logger.warning("the documents held out make %d texts of %d tokens, and %d were asked for", count, length, wanted)
+        logger.warning(
+            "the documents held out make %d texts of %d tokens, and %d were asked for", count, length, wanted
+        )
     return tuple(data.held_out_sequence(number, length) for number in range(count))
 
 
 def _checksum(packed: Packed) -> int:
     return zlib.crc32(packed.ids.numpy().tobytes())
-
-
-def _weights(model: Any) -> list[str]:
-    """What tells these weights from others: a few numbers of each."""
-    from qwen_longctx.kv.fingerprint import fingerprint
-
-    return sorted(str(one) for one in _flat(fingerprint(model.model)["weights"]))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield from ((key, item) for item in _flat(one))
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _flat(one)
-    else:
-        yield value
 
 
 def _random() -> dict[str, Any]:

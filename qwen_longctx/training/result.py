@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,25 +96,51 @@ def write(model: nn.Module, tokenizer: Any, recipe: Recipe, base_name: str, fold
         What an adapter calls its base.
     folder : Path
     """
-    inner, fresh = causal_lm(model), folder.with_name(f".{uuid.uuid4().hex}")
+    inner: Any = causal_lm(model)
     set_config(inner.config, recipe)
+    if inner is model:
+        write_checkpoint(inner, tokenizer, folder)
+        return
+    wrapped: Any = model
+    wrapped.peft_config[wrapped.active_adapter].base_model_name_or_path = base_name
+    with _appearing(folder) as fresh:
+        wrapped.save_pretrained(fresh)
+        (fresh / "README.md").unlink(missing_ok=True)  # a template without a word in it
+        inner.config.save_pretrained(fresh)
+
+
+def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a whole model and its tokenizer into a new folder, which appears as a whole."""
+    with _appearing(folder) as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which takes its name at the end of the block.
+
+    Raises
+    ------
+    InvalidValue
+        It cannot be written.
+    """
+    fresh = folder.with_name(f".{uuid.uuid4().hex}")
     try:
-        if inner is model:
-            inner.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-        else:
-            save: Any = model
-            save.peft_config[save.active_adapter].base_model_name_or_path = base_name
-            save.save_pretrained(fresh)
-            (fresh / "README.md").unlink(missing_ok=True)  # a template without a word in it
-            inner.config.save_pretrained(fresh)
-        suit_older_transformers(fresh)
+        fresh.mkdir(parents=True)
+        yield fresh
+        _suit_older_transformers(fresh)
         fresh.replace(folder)
+    except OSError as error:
+        raise InvalidValue(
+            f"cannot write to {folder}: {error.strerror or error}. Free space there, or name another folder; the state of "
+            "the run is kept"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def suit_older_transformers(folder: Path) -> None:
+def _suit_older_transformers(folder: Path) -> None:
     """Add to a saved config what transformers 4.57 reads and transformers 5 no longer writes."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -121,7 +149,24 @@ def suit_older_transformers(folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def merged(adapter: str | Path, base: str | None = None, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu") -> Any:
+def base_of(adapter: str | Path) -> str:
+    """What an adapter calls its base.
+
+    Raises
+    ------
+    MissingFile
+        The folder holds no adapter of ours.
+    """
+    folder = Path(adapter)
+    for name in (_ADAPTER, "config.json"):
+        if not (folder / name).is_file():
+            raise MissingFile(f"{folder} holds no {name}: name the folder of an adapter that qwen-longctx train wrote")
+    return str(json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def merged(
+    adapter: str | Path, base: str | None = None, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu"
+) -> Any:
     """A whole model: the base of an adapter with the adapter's config, and the adapter added to its weights.
 
     Parameters
@@ -145,15 +190,10 @@ def merged(adapter: str | Path, base: str | None = None, dtype: torch.dtype = to
     MissingFile
         The folder holds no such adapter.
     """
+    base = base or base_of(adapter)
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(adapter)
-    for name in (_ADAPTER, "config.json"):
-        if not (folder / name).is_file():
-            raise MissingFile(f"{folder} holds no {name}: name the folder of an adapter that qwen-longctx train wrote")
-    if base is None:
-        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(adapter)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, device_map={"": device})
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()

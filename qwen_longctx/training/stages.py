@@ -118,7 +118,7 @@ class Lora:
     Parameters
     ----------
     rank : int
-    alpha : float, optional
+    alpha : int, optional
         Adapters are scaled by ``alpha / rank``; twice the rank by default.
     modules : tuple of str
         Linear layers that get one.
@@ -129,7 +129,7 @@ class Lora:
     """
 
     rank: int = 16
-    alpha: float | None = None
+    alpha: int | None = None
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norms: bool = True
     largest_mib: float | None = None
@@ -428,11 +428,19 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
             return float(value)
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
             return value
-    wanted = " or ".join(_WORDS.get(kind, "a list of text" if get_origin(kind) is tuple else str(kind)) for kind in kinds)
+    wanted = " or ".join(
+        _WORDS.get(kind, "a list of text" if get_origin(kind) is tuple else str(kind)) for kind in kinds
+    )
     raise InvalidType(f"{what} must be {wanted}, got {value!r:.80}")
 
 
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "left out"}
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "left out",
+}
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
