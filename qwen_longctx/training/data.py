@@ -190,10 +190,10 @@ class Source:
             numbers = self._conversation_plan(tokens).documents(ordinal)
             return pack([self.store.read(number) for number in numbers], tokens, self.end)
         stretches, plan = self._text_plan("text", tokens)
-        documents = [
-            self._document(self._read(stretches, piece), random.Random(f"{self.seed} {tokens} {index} {number}"))
-            for number, piece in enumerate(plan.pieces(ordinal))
-        ]
+        documents: list[Document] = []
+        for number, piece in enumerate(plan.pieces(ordinal)):
+            source = random.Random(f"{self.seed} {tokens} {index} {number}")
+            documents += self._documents(self._read(stretches, piece), source)
         return pack(documents, tokens, self.end)
 
     def held_out_count(self, tokens: int) -> int:
@@ -284,14 +284,21 @@ class Source:
             found.append(ids)
         return np.concatenate(found)
 
-    def _document(self, ids: np.ndarray, source: random.Random) -> Document:
-        """A piece of text as it is, or as a task where the draw says so and the piece is long enough."""
+    def _documents(self, ids: np.ndarray, source: random.Random) -> list[Document]:
+        """A piece of text as it is, or as a task where the draw says so and the piece is long enough.
+
+        A task is made from the begin of the piece; the room that it leaves is filled by the piece's end.
+        """
         draw, chat = source.random(), source.random() < self.data.tasks_as_conversations
         for task, share in self.data.shares.items():
             if draw < share:
-                return self._tasks.write(task, ids, source, chat) or _plain(ids)
+                made = self._tasks.write(task, ids, source, chat)
+                if made is None:
+                    break
+                rest = ids[len(made.ids) :]
+                return [made, _plain(rest)] if len(rest) else [made]
             draw -= share
-        return _plain(ids)
+        return [_plain(ids)]
 
 
 def source(data: DataSettings, tokenizer: Any, seed: int) -> Source:

@@ -166,8 +166,8 @@ class _Parts:
 def _cut(pieces: Iterable[str]) -> Iterator[str]:
     """The same text in pieces that end at line ends.
 
-    Tokenizers join line ends with the white space around them: a piece ends before a line that begins with none, and
-    so has the tokens that it has in the whole.
+    Qwen's tokenizers join line ends with the white space before them: a piece ends before a line that begins with none,
+    and so has the tokens that it has in the whole.
     """
     kept = ""
     for piece in pieces:

@@ -60,7 +60,7 @@ class Paragraphs:
 def split_paragraphs(text: str) -> list[str]:
     """Paragraphs of a text: between blank lines, or its lines where it has fewer than four paragraphs."""
     for mark in (r"(?:[ \t]*\n){2,}", r"[ \t]*\n"):
-        found = [part for part in re.split(mark, text) if part.strip()]
+        found = [part.strip("\n") for part in re.split(mark, text) if part.strip()]
         if len(found) > 3:
             break
     return found
