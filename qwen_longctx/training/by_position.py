@@ -26,7 +26,7 @@ def by_position(trained: Trained, texts: Sequence[Packed]) -> list[dict[str, Any
     Returns
     -------
     list of dict
-        ``first`` and ``last`` position of a range, mean ``loss`` in nats, and ``tokens``; ranges without any are left out.
+        ``first`` and ``last`` position of a range, mean ``loss`` in nats, and ``tokens``, which are not 0.
     """
     length = max(len(text.ids) for text in texts)
     width = -(-length // BINS)

@@ -259,8 +259,8 @@ class _Run:
         counted = self.ranks.total(mine, self.device)
         if not counted:
             raise InvalidValue(
-                f"no token of step {self.step} counts in the loss: every conversation was cut before its answers, or the "
-                "texts are of one token. Take longer sequences"
+                f"no token of step {self.step} counts in the loss, which is that of answers only in conversations: take "
+                "longer sequences"
             )
         loss = 0.0
         for packed in sequences:

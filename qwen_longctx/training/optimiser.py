@@ -29,9 +29,9 @@ def rate(stage: Stage, settings: Optimiser, step: int) -> float:
 class Learner:
     """The weights that learn, their gradients, and the state of the optimiser.
 
-    With "adamw", a weight in half precision has a master in float32, which learns and is rounded to it after each step:
-    small steps add up. Gradients are added up in the master's dtype as soon as they are there, of every slice of an
-    MLP and of every sequence. With "adamw_8bit" the weights learn by themselves, rounded at random, and there are no masters.
+    With "adamw", a weight in half precision has a master in float32, which learns, and from which the weight is rounded
+    after each step: small steps add up. Gradients are added up in the master's dtype as soon as they are there, of
+    every slice of an MLP and of every sequence. With "adamw_8bit" the weights learn by themselves, rounded at random.
 
     Parameters
     ----------
@@ -84,12 +84,11 @@ class Learner:
             The gradients are no numbers; nothing has changed.
         """
         learners = list(self.masters.values())
-        norm = nn.utils.clip_grad_norm_(learners, self._settings.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = float(_together(nn.utils.clip_grad_norm_(learners, self._settings.clip)))
         if not math.isfinite(norm):
             raise NotFinite(
-                f"the gradients have a norm of {norm}: lower learning_rate, or look at the data of this step. The state "
-                "last saved is as it was"
+                f"the gradients have a norm of {norm}: lower learning_rate, or look at the data of this step. The "
+                "state that was saved last is kept"
             )
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):  # torchao compiles for a number
@@ -179,11 +178,14 @@ def _whole(x: Any) -> Any:
     """A tensor as one on the host, put together if it is divided; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x
-    full = x.detach().full_tensor() if hasattr(x, "full_tensor") else x.detach()
-    return full.to("cpu", copy=True)
+    return _together(x.detach()).to("cpu", copy=True)
 
 
-def _like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _together(x: Any) -> torch.Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def _like(whole: torch.Tensor, other: Any) -> torch.Tensor:
     """A whole tensor, divided as another is."""
     if not hasattr(other, "device_mesh"):
         return whole

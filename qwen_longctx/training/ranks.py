@@ -65,8 +65,8 @@ class Ranks:
         """
         if sequences % self.count:
             raise InvalidValue(
-                f"sequences_per_step of stage {name!r} is {sequences} and there are {self.count} processes, one a card: "
-                f"make it a multiple of {self.count}"
+                f"sequences_per_step of stage {name!r} is {sequences}, and {self.count} processes take one each at "
+                f"least: make it a multiple of {self.count}"
             )
 
     def divide(self, model: Any) -> None:
@@ -89,7 +89,7 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes of this run, which are joined on entering and parted on leaving; one where nothing launched more."""
+    """The processes of this run, joined within the block; one where nothing has launched more."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return

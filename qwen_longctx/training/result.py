@@ -133,8 +133,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
         fresh.replace(folder)
     except OSError as error:
         raise InvalidValue(
-            f"cannot write to {folder}: {error.strerror or error}. Free space there, or name another folder; the state of "
-            "the run is kept"
+            f"cannot write to {folder}: {error.strerror or error}. Free space there and start the same command again, "
+            "or name another folder"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -302,9 +303,9 @@ class Recipe:
         raise IndexError(step)
 
     def numbered(self, stage: Stage, number: int) -> list[tuple[int, int]]:
-        """Of sequence `number` of a stage: each text's number among those of its length in the whole run, and its length.
+        """The texts of sequence `number` of a stage: of each its number, and its length.
 
-        Every text of a length is taken once before any comes again, whatever stages it is taken in.
+        Numbers go through the whole run, for each length by itself: a text comes once before any comes again.
         """
         taken = stage.texts(number)
         for other in self.stages[: self.stages.index(stage)]:
@@ -376,17 +377,12 @@ def as_table(recipe: Recipe) -> dict[str, Any]:
 
 
 def _toml() -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        return tomllib
-    try:
-        import tomli
-    except ImportError as error:
-        raise MissingPackage(
-            'Python 3.10 needs tomli to read a recipe, which is not installed: pip install "qwen-longctx[train]"'
-        ) from error
-    return tomli
+    for name in ("tomllib", "tomli"):  # the first comes with Python 3.11
+        with suppress(ModuleNotFoundError):
+            return import_module(name)
+    raise MissingPackage(
+        'Python 3.10 needs tomli to read a recipe, which is not installed: pip install "qwen-longctx[train]"'
+    )
 
 
 def _table(value: Any, key: str, name: str) -> Mapping[str, Any]:
@@ -428,9 +424,7 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
             return float(value)
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
             return value
-    wanted = " or ".join(
-        _WORDS.get(kind, "a list of text" if get_origin(kind) is tuple else str(kind)) for kind in kinds
-    )
+    wanted = " or ".join(_WORDS.get(get_origin(kind) or kind, str(kind)) for kind in kinds)
     raise InvalidType(f"{what} must be {wanted}, got {value!r:.80}")
 
 
@@ -439,6 +433,7 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    tuple: "a list",
     NoneType: "left out",
 }
 

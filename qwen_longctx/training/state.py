@@ -55,8 +55,8 @@ class Folder:
         wrong = list(_differences(saved, present))
         if wrong:
             raise InvalidValue(
-                f"{path} holds another run: {'; '.join(wrong[:5])}. Name another folder, or go on with the same recipe, "
-                "model and data"
+                f"{path} holds another run: {'; '.join(wrong[:5])}. Name another folder, or go on with the same "
+                "recipe, model and data"
             )
         for suffix in {Path(name).suffix for name in _OWN}:
             remove_leftovers(self.path, suffix)
@@ -110,8 +110,8 @@ class Folder:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise MissingFile(
-                f"cannot read the state of the run, {path}: {str(error).splitlines()[0]}. Name another folder, to begin "
-                "anew"
+                f"cannot read the state of the run, {path}: {str(error).splitlines()[0]}. Name another folder, and "
+                "begin anew"
             ) from error
 
     def drop_state(self) -> None:
