@@ -32,7 +32,7 @@ def by_position(trained: Trained, texts: Sequence[Packed]) -> list[dict[str, Any
     width = -(-length // BINS)
     sums, counts = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
     for text in texts:
-        losses = trained.token_losses(text).double().cpu()
+        losses = trained(text, each=True).double().cpu()
         counted = text.labels != IGNORED
         bins = (Documents(text.starts).positions // width)[counted]
         sums.index_add_(0, bins, losses[counted])

@@ -34,7 +34,7 @@ from qwen_longctx.training.model import (
     set_rope_theta,
     trainable_layers,
 )
-from qwen_longctx.training.optimiser import Learner, rate
+from qwen_longctx.training.optimiser import Learner, rate, whole
 from qwen_longctx.training.packing import IGNORED, Packed
 from qwen_longctx.training.ranks import Ranks
 from qwen_longctx.training.stages import Recipe, Stage, as_table
@@ -174,10 +174,10 @@ class _Run:
             self.model = result.with_adapters(model, recipe.lora)
         else:
             self.model = model.requires_grad_(True)
-        self.ranks.divide(causal_lm(self.model))
-        self.learner = Learner(parameters_of(self.model), recipe.optimiser)
         work = Work(self.choice.kernel, recipe.memory.slice_tokens, self._offload(), recipe.memory.recompute)
         self.trained = Trained(self.model, work)
+        self.ranks.divide(self.trained, causal_lm(self.model).model.layers)
+        self.learner = Learner(parameters_of(self.model), recipe.optimiser)
 
     def _kernel(self) -> Choice:
         """The kernel of attention: that of the run, if it goes on."""
@@ -259,13 +259,15 @@ class _Run:
         counted = self.ranks.total(mine, self.device)
         if not counted:
             raise InvalidValue(
-                f"no token of step {self.step} counts in the loss, which is that of answers only in conversations: take "
+                f"no token of step {self.step} counts in the loss, which in conversations is that of answers: take "
                 "longer sequences"
             )
-        loss = 0.0
+        loss, scale = 0.0, 1 / counted
+        if self.ranks.sharded:
+            scale *= self.ranks.count  # FSDP takes the mean of all processes
         for packed in sequences:
             total = self.trained(packed)
-            (total / counted).backward()
+            (total * scale).backward()
             loss += float(total.detach())
         if not self.ranks.sharded:
             self.ranks.add(self.learner.gradients())
@@ -348,18 +350,13 @@ class _Run:
 
     def _finish(self) -> None:
         """Write the result, after which the state is not needed any more."""
-        if self.ranks.sharded:
-            self._gather()
+        weights = {name: whole(x) for name, x in self.model.state_dict().items()} if self.ranks.sharded else None
         if self.ranks.first:
             prepared = self.prepared
             name = prepared.base_name or self.config.name_or_path
-            result.write(self.model, prepared.tokenizer, self.recipe, name, self.folder.path / RESULT)
+            result.write(self.model, prepared.tokenizer, self.recipe, name, self.folder.path / RESULT, weights)
             self.folder.drop_state()
         self.ranks.wait()
-
-    def _gather(self) -> None:
-        """Put divided weights together again."""
-        raise NotImplementedError
 
 
 def _joined(parts: list[Packed]) -> Packed:

@@ -73,16 +73,18 @@ class Trained(nn.Module):
         self.model, self.work = model, work
         check_model(causal_lm(model).config)
 
-    def forward(self, packed: Packed) -> torch.Tensor:
-        """Sum of the losses of the tokens that count, a number in float32 at least."""
-        hidden, labels = self._hidden(packed)
-        return linear_cross_entropy(hidden, causal_lm(self.model).lm_head.weight, labels)
+    def forward(self, packed: Packed, each: bool = False) -> torch.Tensor:
+        """The loss of the tokens that count, in float32 at least.
 
-    def token_losses(self, packed: Packed) -> torch.Tensor:
-        """Shape (tokens,), float32 at least: the loss of each token, 0 where none counts; without gradients."""
-        with torch.no_grad():
+        Returns
+        -------
+        torch.Tensor
+            The sum, a number; with `each` shape (tokens,), 0 where none counts and without gradients.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not each):
             hidden, labels = self._hidden(packed)
-            return token_losses(hidden, causal_lm(self.model).lm_head.weight, labels)
+            loss = token_losses if each else linear_cross_entropy
+            return loss(hidden, causal_lm(self.model).lm_head.weight, labels)
 
     def _hidden(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head takes, shape (tokens, width), and the labels, on the device of the model."""

@@ -113,8 +113,8 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, on the host."""
-        weights = {name: _whole(x) for name, x in self.masters.items()}
-        return {"weights": weights, "optimizer": _map(self.optimizer.state_dict(), _whole)}
+        weights = {name: whole(x) for name, x in self.masters.items()}
+        return {"weights": weights, "optimizer": _map(self.optimizer.state_dict(), whole)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what `state` gave.
@@ -174,7 +174,7 @@ def _adamw_8bit() -> Any:
 # --- tensors that are divided among several cards -----------------------------------------------------------------
 
 
-def _whole(x: Any) -> Any:
+def whole(x: Any) -> Any:
     """A tensor as one on the host, put together if it is divided; anything else as it is."""
     if not isinstance(x, torch.Tensor):
         return x

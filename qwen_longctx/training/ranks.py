@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import nn
 
-from qwen_longctx.errors import InvalidValue, Unsupported
+from qwen_longctx.errors import InvalidValue
 
 _FSDP = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` tells its processes
 
@@ -69,22 +69,14 @@ class Ranks:
                 f"least: make it a multiple of {self.count}"
             )
 
-    def divide(self, model: Any) -> None:
-        """Divide the weights of a causal language model among all processes, a layer at a time (FSDP2).
-
-        Raises
-        ------
-        Unsupported
-            The PyTorch that is installed has no such thing.
-        """
+    def divide(self, whole: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Divide the weights of a model among all processes, those of each layer by themselves (FSDP2)."""
         if not self.sharded:
             return
-        try:
-            from torch.distributed.fsdp import fully_shard
-        except ImportError as error:
-            raise Unsupported("FSDP needs PyTorch 2.6 or newer: launch without --use_fsdp, or update") from error
-        for layer in model.model.layers:
-            fully_shard(layer)
+        from torch.distributed.fsdp import fully_shard
+
+        for module in (*layers, whole):
+            fully_shard(module)
 
 
 @contextmanager

@@ -80,7 +80,14 @@ def set_config(config: Any, recipe: Recipe) -> None:
     )
 
 
-def write(model: nn.Module, tokenizer: Any, recipe: Recipe, base_name: str, folder: Path) -> None:
+def write(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    base_name: str,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the result into a new folder, which appears as a whole.
 
     An adapter's folder holds the config of the trained model beside the adapter, for `merged`.
@@ -95,25 +102,31 @@ def write(model: nn.Module, tokenizer: Any, recipe: Recipe, base_name: str, fold
     base_name : str
         What an adapter calls its base.
     folder : Path
+    weights : dict of str to torch.Tensor, optional
+        In place of the model's own, which may be divided among processes.
     """
     inner: Any = causal_lm(model)
     set_config(inner.config, recipe)
     if inner is model:
-        write_checkpoint(inner, tokenizer, folder)
+        write_checkpoint(inner, tokenizer, folder, weights)
         return
     wrapped: Any = model
     wrapped.peft_config[wrapped.active_adapter].base_model_name_or_path = base_name
     with _appearing(folder) as fresh:
-        wrapped.save_pretrained(fresh)
+        wrapped.save_pretrained(fresh, **_given(weights))
         (fresh / "README.md").unlink(missing_ok=True)  # a template without a word in it
         inner.config.save_pretrained(fresh)
 
 
-def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a whole model and its tokenizer into a new folder, which appears as a whole."""
+def write_checkpoint(model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a whole model and its tokenizer into a new folder, which appears as a whole. See `write`."""
     with _appearing(folder) as fresh:
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, **_given(weights))
         tokenizer.save_pretrained(fresh)
+
+
+def _given(weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+    return {} if weights is None else {"state_dict": weights}
 
 
 @contextmanager
