@@ -113,7 +113,7 @@ def write(
     wrapped: Any = model
     wrapped.peft_config[wrapped.active_adapter].base_model_name_or_path = base_name
     with _appearing(folder) as fresh:
-        wrapped.save_pretrained(fresh, **_given(weights))
+        wrapped.save_pretrained(fresh, save_embedding_layers=False, **_given(weights))
         (fresh / "README.md").unlink(missing_ok=True)  # a template without a word in it
         inner.config.save_pretrained(fresh)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ class Folder:
             )
         for suffix in {Path(name).suffix for name in _OWN}:
             remove_leftovers(self.path, suffix)
+        for one in self.path.iterdir():
+            if one.is_dir() and is_leftover(one.name, ""):  # a result that was cut off
+                shutil.rmtree(one, ignore_errors=True)
 
     def _refuse_files_of_others(self) -> None:
         known = {Path(name).suffix for name in _OWN}
