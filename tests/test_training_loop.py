@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen_longctx import LongContextConfig, patched_qwen
 from qwen_longctx.cli import main
 from qwen_longctx.errors import InvalidValue, MissingFile, NotFinite, Refused
+from qwen_longctx.files import is_leftover
 from qwen_longctx.training import loop, result, stages
 from qwen_longctx.training.data import source
 from qwen_longctx.training.model import set_rope_theta
@@ -56,14 +57,16 @@ def worker(texts):
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(worker, texts, method):
     """SIGKILL at random moments: at most the steps between two saves are lost, and in the end nothing."""
     found = worker[f"killed-{method}"]
-    assert found["status"] == 0 and len(found["standing"]) >= 2
+    assert found["status"] == 0 and len(found["standing"]) >= 4
     assert all(0 <= done - saved <= SAVE_EVERY for done, saved in found["standing"])
     assert any(saved for _, saved in found["standing"])
     whole, killed = (texts.parent / f"{kind}-{method}" for kind in ("whole", "killed"))
     assert rows(killed) == rows(whole)
     for name in (f"result/{FILES[method]}", "result/config.json", "loss_by_position.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+    # files that were being written when the process was killed are removed when they are a minute old
+    left = {path.name for path in killed.iterdir() if not is_leftover(path.name, path.suffix)}
+    assert left == {path.name for path in whole.iterdir()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -237,8 +240,11 @@ def test_folders_that_cannot_be_taken(texts, tmp_path):
         prepared(texts, other, seed=1)
     with pytest.raises(InvalidValue, match=r"holds another run: .*learning_rate|stages"):
         prepared(texts, other, stages=table(texts)["stages"][:1])
+    kept = prepared(texts, other)
+    with pytest.raises(InvalidValue, match="another process works in"):
+        prepared(texts, other)
+    assert not kept.folder.finished
     assert [path.name for path in busy.iterdir()] == ["thesis.txt"] and file.read_text() == "x"
-    prepared(texts, other)
 
 
 def test_other_texts_and_other_weights_are_another_run(texts, tmp_path):

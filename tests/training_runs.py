@@ -92,30 +92,34 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def killed(folder: Path, method: str) -> dict[str, Any]:
     """Run once as it is, then again with kills at random moments to its end; says where it stood after each."""
     recipe = stages.of(table(folder / "texts", method=method, dtype="bfloat16"))
-    begin = time.perf_counter()
-    assert _in_a_child(recipe, folder / f"whole-{method}", None) == 0
-    whole = time.perf_counter() - begin
+    assert _in_a_child(recipe, folder / f"whole-{method}") == 0
     source, output, standing = random.Random(method), folder / f"killed-{method}", []
-    for number in range(40):
-        status = _in_a_child(recipe, output, source.uniform(0.1, 0.9) * whole if number < 12 else None)
-        if not os.WIFSIGNALED(status):
-            break
-        logged = [row["step"] + 1 for row in _readable(output / "log.jsonl") if "step" in row]
-        state = output / "state.pt"
-        standing.append((max(logged, default=0), torch.load(state, weights_only=True)["step"] if state.exists() else 0))
-    return {"standing": standing, "status": status}
+    for steps in (0, 2, 1, 3, 3):
+        status = _in_a_child(recipe, output, (_standing(output)[1] + steps, source.uniform(0, 0.1)))
+        if os.WIFSIGNALED(status):
+            standing.append(_standing(output))
+    return {"standing": standing, "status": _in_a_child(recipe, output)}
 
 
-def _in_a_child(recipe: Recipe, output: Path, kill_after: float | None) -> int:
-    """The status of a process that trains, and is killed after so many seconds."""
+def _in_a_child(recipe: Recipe, output: Path, kill: tuple[int, float] | None = None) -> int:
+    """The status of a process that trains, and is killed so many seconds after it has done so many steps."""
     child = os.fork()
     if not child:
         run(recipe, output)
         os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if kill is not None:
+        while _standing(output)[0] < kill[0] and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.002)
+        time.sleep(kill[1])
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
+
+
+def _standing(output: Path) -> tuple[int, int]:
+    """Steps that are in the log, and in the state."""
+    logged = [row["step"] + 1 for row in _readable(output / "log.jsonl") if "step" in row]
+    state = output / "state.pt"
+    return max(logged, default=0), torch.load(state, weights_only=True)["step"] if state.exists() else 0
 
 
 def _readable(log: Path) -> list[dict[str, Any]]:

@@ -123,7 +123,9 @@ def prepare(
     }
     folder = Folder(output, about) if ranks.first else None
     ranks.wait()
-    return Prepared(recipe, tokenizer, data, texts, folder or Folder(output, about), base_name, ranks)
+    if folder is None:
+        folder = Folder(output, about, writes=False)
+    return Prepared(recipe, tokenizer, data, texts, folder, base_name, ranks)
 
 
 def train(model: Any, prepared: Prepared) -> Path:

@@ -6,6 +6,7 @@ step depends on, in one file that is replaced as a whole: a run that is killed g
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -17,6 +18,11 @@ import torch
 
 from qwen_longctx.errors import InvalidValue, MissingFile
 from qwen_longctx.files import check_writable, is_leftover, remove_leftovers, replacing
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 RUN, LOG, STATE = "run.json", "log.jsonl", "state.pt"
 RESULT = "result"
@@ -33,14 +39,17 @@ class Folder:
         Of the folder; it is made if it is missing.
     about : mapping
         What tells this run from others, of JSON's types.
+    writes : bool
+        Whether this process is the one that writes: it locks the folder for as long as this object lives.
 
     Raises
     ------
     InvalidValue
-        The folder cannot be written to, holds files of others, or another run; nothing in it is changed.
+        The folder cannot be written to, holds files of others, or another run, or another process works in it; nothing
+        in it is changed.
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, about: Mapping[str, Any], writes: bool = True) -> None:
         if not str(path):
             raise InvalidValue("the output folder has no name: name one")
         self.path = Path(path)
@@ -51,6 +60,7 @@ class Folder:
         if not (self.path / RUN).exists():
             self._refuse_files_of_others()
             self._write_json(RUN, present)
+            self._lock(writes)
             return
         saved = self._read_json(RUN)
         wrong = list(_differences(saved, present))
@@ -59,10 +69,28 @@ class Folder:
                 f"{path} holds another run: {'; '.join(wrong[:5])}. Name another folder, or go on with the same "
                 "recipe, model and data"
             )
+        self._lock(writes)
+        if writes:
+            self._remove_leftovers()
+
+    def _lock(self, writes: bool) -> None:
+        if not writes or fcntl is None:
+            return
+        self._locked = (self.path / RUN).open("rb")
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InvalidValue(
+                    f"another process works in {self.path}: wait for its end, or name another folder"
+                ) from error
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes were writing."""
         for suffix in {Path(name).suffix for name in _OWN}:
             remove_leftovers(self.path, suffix)
         for one in self.path.iterdir():
-            if one.is_dir() and is_leftover(one.name, ""):  # a result that was cut off
+            if one.is_dir() and is_leftover(one.name, ""):  # a result
                 shutil.rmtree(one, ignore_errors=True)
 
     def _refuse_files_of_others(self) -> None:
@@ -119,8 +147,9 @@ class Folder:
             ) from error
 
     def drop_state(self) -> None:
-        """Remove the state of a run that has come to its end."""
+        """Remove the state of a run that has come to its end, and what was left on the way."""
         (self.path / STATE).unlink(missing_ok=True)
+        self._remove_leftovers()
 
     # --- the log
 
