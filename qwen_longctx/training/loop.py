@@ -339,6 +339,7 @@ class _Run:
         """Measure the loss by position, unless that has been done, and write it beside what there is."""
         path = self.folder.path / _CURVE
         lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.ranks.wait()  # until all have read: they must agree
         if not self.prepared.texts or when in lines:
             return
         lines[when] = by_position(self.trained, self.prepared.texts)
