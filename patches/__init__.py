@@ -30,8 +30,10 @@ from qwen_longctx.patches.family import Replacement
 from qwen_longctx.patches.method import (
     MISSING,
     BoundMethod,
+    OnInstances,
     Patch,
     PatchedMethod,
+    of_class,
     patched_method,
     slot_of,
     stock_function,
@@ -47,9 +49,10 @@ AttentionMaskInterface.register(IMPLEMENTATION, registered_mask)
 
 
 class _Replaced(NamedTuple):
-    """An attribute of a class: what stood there, and the function of ours that stands there now."""
+    """An attribute of a class: what stood there, what stands there now, and the function of ours in it."""
 
     before: Any
+    attribute: Any
     function: Callable[..., Any]
 
 
@@ -180,8 +183,7 @@ def _class_targets() -> list[tuple[type, Replacement]]:
     families = [family for family in FAMILIES if family.supported()]
     for family in families or FAMILIES[:1]:
         family.check()
-    targets = (target for family in families for target in family.targets())
-    return [(owner, replacement) for owner, replacement in targets if not replacement.of_models_only]
+    return [target for family in families for target in family.targets()]
 
 
 def _check_values(overrides: dict[str, Any]) -> None:
@@ -204,12 +206,13 @@ def _apply_to_classes(targets: list[tuple[type, Replacement]], overrides: dict[s
     with _whole_or_not(live, [*former, *((owner, replacement.method) for owner, replacement in targets)]):
         for owner, replacement in targets:
             name = replacement.method
-            held, stock = vars(owner).get(name, MISSING), stock_function(getattr(owner, name))
+            held, stock = vars(owner).get(name, MISSING), stock_function(of_class(owner, name))
             old = former.get((owner, name))
-            before = old.before if old is not None and old.function is held else held
+            before = old.before if old is not None and old.attribute is held else held
             function = PatchedMethod(replacement.function, name, stock, patch, replacement.is_run).as_function()
-            _CLASSES[owner, name] = _Replaced(before, function)
-            setattr(owner, name, function)
+            attribute = OnInstances(function) if replacement.of_instances else function
+            _CLASSES[owner, name] = _Replaced(before, attribute, function)
+            setattr(owner, name, attribute)
             for module in live:
                 if isinstance(module, owner):
                     _replace_kept(module, replacement, function, stock)
@@ -225,7 +228,7 @@ def _replace_kept(module: nn.Module, replacement: Replacement, function: Callabl
     slot = slot_of(module, replacement.method)
     kept = vars(module).get(slot, MISSING)
     method, theirs = patched_method(kept), getattr(kept, "__func__", None)
-    if kept is MISSING or theirs is getattr(type(module), replacement.method):
+    if kept is MISSING or theirs is of_class(type(module), replacement.method):
         return
     if method is not None and not method.patch.of_classes:
         kept.before = _renewed(module, kept.before, function)
@@ -257,7 +260,7 @@ def _revert_classes() -> None:
     functions = {replaced.function for replaced in former.values()}
     with _whole_or_not(live, former):
         for (owner, name), replaced in former.items():
-            if vars(owner).get(name) is not replaced.function:
+            if vars(owner).get(name) is not replaced.attribute:
                 logger.warning("%s.%s was replaced after patch_qwen(): left as it is", owner.__name__, name)
             else:
                 _set(owner, name, replaced.before)
@@ -319,7 +322,7 @@ def _weights_cast(model: nn.Module, cast: list[nn.Linear]) -> Iterator[None]:
 def _is_own(module: nn.Module, owner: type, replacement: Replacement) -> bool:
     """Whether a module runs the method of the family's class, and not one that a derived class has in its place."""
     kind, name = type(module), replacement.method
-    if getattr(kind, name) is getattr(owner, name):
+    if of_class(kind, name) is of_class(owner, name):
         return True
     if replacement.vital:
         raise PatchConflict(
@@ -337,7 +340,7 @@ def _apply_to_model(model: nn.Module, targets: list[_Target], overrides: dict[st
     with _whole_or_not(model.modules()):
         for module, replacement in targets:
             kind, name = type(module), replacement.method
-            stock = stock_function(getattr(kind, name))
+            stock = stock_function(of_class(kind, name))
             slot = slot_of(module, name)
             before = vars(module).get(slot, MISSING)
             if slot in _ours(module, False):
@@ -398,7 +401,7 @@ def _put_back(module: nn.Module, slot: str, value: Any) -> None:
     method = patched_method(value)
     assert method is not None
     if before is MISSING and slot != method.name:  # a hook that came later: it needs a method there
-        before = MethodType(getattr(type(module), method.name), module)
+        before = MethodType(of_class(type(module), method.name), module)
     _set(module, slot, before)
 
 
@@ -408,7 +411,7 @@ def _beneath(module: nn.Module, value: Any) -> Any:
         return value.before
     method = patched_method(value)
     assert method is not None
-    return MethodType(getattr(type(module), method.name), module)
+    return MethodType(of_class(type(module), method.name), module)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

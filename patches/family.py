@@ -17,7 +17,7 @@ from qwen_longctx.patches.attention import attention_forward
 from qwen_longctx.patches.causal_lm import causal_lm_forward
 from qwen_longctx.patches.generation import generate, refuse_batching
 from qwen_longctx.patches.layer import layer_forward
-from qwen_longctx.patches.method import _RENAMED, OLD_NAME, stock_function
+from qwen_longctx.patches.method import _RENAMED, OLD_NAME, of_class, stock_function
 from qwen_longctx.patches.mlp import mlp_forward
 from qwen_longctx.patches.model import model_forward
 from qwen_longctx.patches.norm import norm_forward
@@ -48,8 +48,8 @@ class Replacement(NamedTuple):
         A call is a run of the whole model.
     of_classes_only : bool
         Is not needed where one model is patched.
-    of_models_only : bool
-        Would be in the way on a class: layers of transformers compare their class's forward with their own.
+    of_instances : bool
+        The class itself shows the stock method (`method.OnInstances`).
     """
 
     suffix: str
@@ -60,7 +60,7 @@ class Replacement(NamedTuple):
     vital: bool = False
     is_run: bool = False
     of_classes_only: bool = False
-    of_models_only: bool = False
+    of_instances: bool = False
 
 
 _STATE = ("attention_mask", "cache" if _RENAMED else OLD_NAME)
@@ -94,7 +94,7 @@ REPLACEMENTS = (
         layer_forward,
         ("hidden_states", "position_embeddings", "position_ids", *_STATE, "kwargs"),
         (*_OLD, "use_cache"),
-        of_models_only=True,
+        of_instances=True,
     ),
     Replacement("MLP", "forward", mlp_forward, ("x",)),
     Replacement("RMSNorm", "forward", norm_forward, ("hidden_states",)),
@@ -186,7 +186,7 @@ class Family:
 
 def _check_signature(owner: type, replacement: Replacement) -> None:
     """Compare all parameters of the stock method with those that its replacement was written for."""
-    stock = stock_function(getattr(owner, replacement.method))
+    stock = stock_function(of_class(owner, replacement.method))
     parameters = dict(list(inspect.signature(stock).parameters.items())[1:])
     missing = [name for name in replacement.needs if name not in parameters]
     known = (*replacement.needs, *replacement.knows)

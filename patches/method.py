@@ -144,7 +144,7 @@ class PatchedMethod:
         """What runs when this is called on `module`: this, what has replaced it since, or the stock method (None)."""
         now: PatchedMethod | None = self
         if not self.patch.holds(module):  # the caller got this before it was replaced, or holds it in a wrapper
-            now = patched_method(vars(module).get(slot_of(module, self.name), getattr(type(module), self.name)))
+            now = patched_method(vars(module).get(slot_of(module, self.name), of_class(type(module), self.name)))
         return None if now is None or not now.patch.holds(module) else now
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -236,13 +236,38 @@ class BoundMethod(functools.partial):  # which calls without a frame of Python: 
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         function, name, patch, is_run, module, before = state
-        stock = stock_function(getattr(type(module), name))
+        stock = stock_function(of_class(type(module), name))
         self._bind(PatchedMethod(function, name, stock, patch, is_run).as_function(), module, before)
 
 
 def _unbound() -> BoundMethod:
     """A method whose module is still to come: modules and their methods refer to each other."""
     return functools.partial.__new__(BoundMethod, _unbound)
+
+
+class OnInstances:
+    """A replaced method for the instances of a class, while the class itself shows the stock method.
+
+    Layers of transformers compare their class's forward with their own, and checkpoint gradients only where the two
+    are one.
+
+    Parameters
+    ----------
+    function : callable
+        Made by `PatchedMethod.as_function`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return _OURS[self.function].stock if instance is None else MethodType(self.function, instance)
+
+
+def of_class(kind: type, method: str) -> Any:
+    """The function that a call of a method of an instance finds on its class."""
+    found = inspect.getattr_static(kind, method)
+    return found.function if isinstance(found, OnInstances) else getattr(kind, method)
 
 
 class _Missing:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from helpers import INTERPRETED, tiny_model
@@ -134,6 +135,42 @@ def test_logits_are_the_same_bit_for_bit(family, linear, dtype, batch, fused):
     suffix = "_rows" if linear == "fp8" else ""
     assert {"rms_norm" + suffix, "add_rms_norm" + suffix} <= set(fused)
     assert fused.count("add_rms_norm" + suffix) == 2 * 3  # layers, chunks
+
+
+@pytest.mark.parametrize("dispatched", ["", "before", "after"])
+def test_layers_of_patched_classes(dispatched, fused):
+    """Also where accelerate's hooks keep the layer's forward, and the class shows the stock one all the while."""
+    stock = qwen2.Qwen2DecoderLayer.forward
+    model, ids = model_of(), torch.randint(0, 90, (1, 60))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    if dispatched == "before":
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with patched_qwen(**HOW):
+        if dispatched == "after":
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        assert qwen2.Qwen2DecoderLayer.forward is stock
+        assert torch.equal(logits(model), plainly(model))
+        assert fused.count("add_rms_norm") == (0 if dispatched else 2 * 3)  # hooks of accelerate sit between the parts
+        with patched_qwen(prefill_chunk_size=40):
+            fused.clear()
+            logits(model)
+            assert fused.count("add_rms_norm") == (0 if dispatched else 2 * 4)
+    assert qwen2.Qwen2DecoderLayer.forward is stock and type(vars(qwen2.Qwen2DecoderLayer)["forward"]) is type(logits)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted)
+        fused.clear()
+        logits(model)
+        assert not fused
+
+
+def test_a_compiled_layer_of_patched_classes(fused):
+    model = model_of(dtype=torch.float32)
+    with patched_qwen(**HOW):
+        wanted = logits(model)
+        for layer in model.model.layers:
+            layer.compile(backend="eager", dynamic=False)
+        torch.testing.assert_close(logits(model), wanted)
 
 
 def test_decoding_and_mixtures_take_the_stock_layer(fused):

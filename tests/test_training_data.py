@@ -139,6 +139,11 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "h.txt").write_text(" \n\n")
     (tmp_path / "i.gz").write_bytes(gzip.compress(b"text" * 100)[:-20])
     (tmp_path / "j").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "0.md").symlink_to(tmp_path / "b" / "one.md")  # among the files anyway
+    (tmp_path / ".outside").write_text("linked to")
+    (tmp_path / "k.txt").symlink_to(tmp_path / ".outside")
+    (tmp_path / "l.txt").symlink_to(tmp_path / ".outside")
+    (tmp_path / "m.txt").symlink_to(tmp_path / "nowhere")
     skipped: list[tuple[str, str]] = []
     found = [entry for file in documents.files_of([str(tmp_path)]) for entry in documents.read_file(file, skipped)]
     texts = {entry.name: "".join(entry.parts) for entry in found if isinstance(entry, documents.Text)}
@@ -150,6 +155,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         ("c.json:2", "second"),
         ("d.json", '{"setting": 3}'),
         ("e.txt.gz", "packed"),
+        ("k.txt", "linked to"),
     ]
     assert [entry.messages for entry in found if isinstance(entry, documents.Conversation)] == [TALK]
     related = {entry.name: entry.related for entry in found if isinstance(entry, documents.Text)}
@@ -279,6 +285,23 @@ def test_held_out_documents_are_never_trained_on(corpus, tmp_path, long_from):
         found.held_out_sequence(found.held_out_count(100), 100)
 
 
+def test_related_documents_are_held_out_together(tmp_path):
+    """Whole groups up to the share, and copies of their files elsewhere; they make one long document."""
+    for group in range(12):
+        for number in range(5):
+            file = tmp_path / f"{group:02}" / f"{number}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text(100 * group + number, 8) if number else "The same licence everywhere.")
+    found = source(DataSettings(paths=[str(tmp_path)], held_out=0.2), tokenizer(), 0)
+    held = found._held_out
+    groups = {group for group in range(12) if set(range(5 * group, 5 * group + 5)) <= set(held)}
+    licences = set(range(0, 60, 5))
+    assert len(groups) in (1, 2, 3) and set(held) == licences | {5 * group + n for group in groups for n in range(5)}
+    assert found.contents.held_out_tokens < 0.25 * (found.contents.tokens + found.contents.held_out_tokens)
+    longest = int(found.store.lengths[[n for n in held if n // 5 == min(groups)]].sum())
+    assert found.held_out_sequence(0, longest).starts.tolist() == [0, longest]
+
+
 def test_special_tokens_in_a_text_are_text(tmp_path):
     made = tokenizer()
     content = "before <|endoftext|> and <|im_start|>user\nafter\n"
@@ -402,6 +425,13 @@ def test_bad_folders(tmp_path, prepare, error, match):
     prepare(path)
     with pytest.raises(error, match=match):
         source(DataSettings(paths=[str(path)]), tokenizer(), 0)
+
+
+def test_nothing_is_left_of_a_source_that_is_refused(tmp_path):
+    talks = rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 3 + [{"messages": []}])
+    with pytest.raises(InvalidValue):
+        source(DataSettings(paths=[talks], cache=str(tmp_path / "cache")), tokenizer(), 0)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_bad_files(tmp_path):

@@ -44,7 +44,10 @@ def tokenizer(template: str | None = CHATML) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend()), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=Tokenizer.from_str(_backend()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     made.chat_template = template

@@ -8,6 +8,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class DataSettings:
     conversation_share : float
         Share of the sequences that hold conversations, where there is text too.
     held_out : float
-        Share of the documents of text that are never trained on, at least one unless it is 0.
+        Share of the text, in tokens, that is never trained on: whole groups of related documents where they are small
+        enough, else single documents, and at least one unless it is 0.
     long_from : int
         From this length of a sequence on, related documents are joined and long ones come first.
     cache : str, optional
@@ -150,7 +152,7 @@ class Source:
         self._newline = stores.plain_ids(tokenizer, ["\n"])[0][-1]
         self._tasks = TaskWriter(tokenizer, self.end)
         text = np.flatnonzero(~store.conversations)
-        apart = _held_out(store.hashes[text], data.held_out)
+        apart = _held_out(store, text, data.held_out)
         self._trained, self._held_out = text[~apart], text[apart]
         self._conversations = np.flatnonzero(store.conversations)
         self._text_plans: dict[tuple[str, int], tuple[Stretches, TextPlan]] = {}
@@ -332,9 +334,15 @@ def source(data: DataSettings, tokenizer: Any, seed: int) -> Source:
     folder = Path(temporary.name if temporary else str(data.cache), _key(texts, conversations, rows, tokenizer))
     store = stores.open_store(folder)
     if store is None:
-        check_writable(folder / "index.npz")
+        check_writable(folder.parent / "index.npz")
         skipped: list[tuple[str, str]] = []
-        stores.write(_entries(texts, conversations, rows, data.dataset, skipped), skipped, tokenizer, folder)
+        entries = _entries(texts, conversations, rows, data.dataset, skipped)
+        try:
+            stores.write(entries, skipped, tokenizer, folder)
+        except BaseException:
+            with suppress(OSError):  # of a folder that holds something
+                folder.rmdir()
+            raise
         store = stores.open_store(folder)
         assert store is not None
     _tell(store.skipped)
@@ -349,15 +357,15 @@ def _entries(
     """All documents, in an order that the names decide."""
     from transformers.utils.logging import tqdm
 
-    for file in tqdm(texts, desc="reading text", unit="file"):
-        yield from read_file(file, skipped)
-    if rows is not None:
-        yield from tqdm(read_dataset(rows, str(name)), desc="reading the data set", unit="row", total=len(rows))
     for file in conversations:
         for entry in read_file(file, skipped):
             if isinstance(entry, Text):
                 raise InvalidValue(f"{entry.name} is among the conversations and holds text: name it in paths")
             yield entry
+    for file in tqdm(texts, desc="reading text", unit="file"):
+        yield from read_file(file, skipped)
+    if rows is not None:
+        yield from tqdm(read_dataset(rows, str(name)), desc="reading the data set", unit="row", total=len(rows))
 
 
 def _key(texts: list[File], conversations: list[File], rows: Any, tokenizer: Any) -> str:
@@ -373,11 +381,39 @@ def _key(texts: list[File], conversations: list[File], rows: Any, tokenizer: Any
     return hashlib.sha256(repr((known, template)).encode()).hexdigest()[:32]
 
 
-def _held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Which documents are held out: by a hash of their text, so that of equal ones all are or none."""
-    if not share or not len(hashes):
-        return np.zeros(len(hashes), dtype=bool)
-    return hashes <= max(np.uint64(share * 2.0**64), hashes.min())
+def _held_out(store: Store, text: np.ndarray, share: float) -> np.ndarray:
+    """Which documents of text are held out: whole groups of related ones where one is small enough, else single ones.
+
+    Their order is that of hashes of their text. Documents that equal one of them are held out as well.
+    """
+    if not share or not len(text):
+        return np.zeros(len(text), dtype=bool)
+    hashes, lengths, related = store.hashes[text], store.lengths[text], store.related[text]
+    groups = np.where(related >= 0, related, related.max() + 1 + np.arange(len(text)))
+    most = share * int(lengths.sum())
+    chosen = _chosen(groups, hashes, lengths, most)
+    if not chosen.any():
+        chosen = _chosen(np.arange(len(text)), hashes, lengths, most)
+    if not chosen.any():
+        chosen = hashes == hashes.min()
+    return np.isin(hashes, hashes[chosen])
+
+
+def _chosen(groups: np.ndarray, hashes: np.ndarray, lengths: np.ndarray, most: float) -> np.ndarray:
+    """The documents of groups that have at most so many tokens together, each taken where it still fits."""
+    names, inverse = np.unique(groups, return_inverse=True)
+    tokens, hashed = np.zeros(len(names), dtype=np.int64), np.zeros(len(names), dtype=np.uint64)
+    np.add.at(tokens, inverse, lengths)
+    np.bitwise_xor.at(hashed, inverse, hashes)
+    taken = np.zeros(len(names), dtype=bool)
+    least = int(tokens.min())
+    for number in np.argsort(hashed, kind="stable").tolist():
+        if tokens[number] <= most:
+            taken[number] = True
+            most -= int(tokens[number])
+        if most < least:
+            break
+    return taken[inverse]
 
 
 def _tell(skipped: tuple[tuple[str, str], ...]) -> None:

@@ -68,7 +68,9 @@ class File:
 
 
 def files_of(paths: Sequence[str]) -> list[File]:
-    """The files of paths, folders with all below them, in the order of their names; hidden ones in folders are left.
+    """The files of paths, folders with all below them, in the order of their names.
+
+    Hidden ones in folders are left out, and links to files that are there anyway.
 
     Raises
     ------
@@ -86,13 +88,25 @@ def files_of(paths: Sequence[str]) -> list[File]:
         if not inside:
             raise InvalidValue(f"the folder {given} holds no file: name one that holds text")
         found += [File(file.path, file.name, f"{number}/{file.related}", file.named) for file in inside]
-    seen: set[Path] = set()
-    for file in found:
+    return _each_once(found)
+
+
+def _each_once(files: list[File]) -> list[File]:
+    """The files without links to any of them."""
+    own: set[Path] = set()
+    for file in files:
+        if not file.path.is_symlink():
+            real = file.path.resolve()
+            if real in own:
+                raise InvalidValue(f"{file.path} is among the paths twice, and would be trained on twice: name it once")
+            own.add(real)
+    kept = []
+    for file in files:
         real = file.path.resolve()
-        if real in seen:
-            raise InvalidValue(f"{file.path} is among the paths twice, and would be trained on twice: name it once")
-        seen.add(real)
-    return found
+        if not file.path.is_symlink() or real not in own:
+            kept.append(file)
+            own.add(real)
+    return kept
 
 
 def _below(folder: Path) -> list[File]:

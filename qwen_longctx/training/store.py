@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -102,7 +103,7 @@ def write(entries: Iterable[Text | Conversation], skipped: list[tuple[str, str]]
     with replacing(folder / _INDEX) as path, path.open("wb") as file:
         np.savez(
             file,
-            offsets=np.cumsum([0, *writer.lengths], dtype=np.int64),
+            offsets=np.append(0, np.cumsum(np.array(writer.lengths, dtype=np.int64))),
             related=np.array(writer.related, dtype=np.int64),
             hashes=np.array(writer.hashes, dtype=np.uint64),
             conversations=np.array(writer.conversations, dtype=bool),
@@ -131,10 +132,8 @@ class _Writer:
     def __init__(self, file: BinaryIO, tokenizer: Any) -> None:
         self.file, self.tokenizer = file, tokenizer
         self.end = end_of_text(tokenizer)
-        self.lengths: list[int] = []
-        self.related: list[int] = []
-        self.hashes: list[int] = []
-        self.conversations: list[bool] = []
+        self.lengths, self.related, self.hashes = array("q"), array("q"), array("Q")
+        self.conversations = array("b")
         self._groups: dict[str, int] = {}
         self._waiting: list[tuple[int, str]] = []  # numbers of documents, and parts of them
         self._characters = 0

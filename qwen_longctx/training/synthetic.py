@@ -6,6 +6,7 @@ lie far apart have little to do with each other, and these tasks tie them togeth
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import defaultdict
@@ -47,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Paragraphs:
-    """A text in paragraphs, and the tokens of each with the blank line behind it."""
+    """A text in paragraphs, and about how many tokens each has with the blank line behind it."""
 
     texts: list[str]
     tokens: list[int]
@@ -59,7 +60,7 @@ class Paragraphs:
 
 def split_paragraphs(text: str) -> list[str]:
     """Paragraphs of a text: between blank lines, or its lines where it has fewer than four paragraphs."""
-    for mark in (r"(?:[ \t]*\n){2,}", r"[ \t]*\n"):
+    for mark in (r"(?:[ \t\r]*\n){2,}", r"[ \t\r]*\n"):
         found = [part.strip("\n") for part in re.split(mark, text) if part.strip()]
         if len(found) > 3:
             break
@@ -67,7 +68,7 @@ def split_paragraphs(text: str) -> list[str]:
 
 
 def keyword_retrieval(text: Paragraphs, room: int, source: random.Random) -> Question | None:
-    """Which paragraphs contain a word (report: "retrieving relevant paragraphs based on specific keywords").
+    """Which paragraphs contain a word (report, section 3: retrieval based on keywords).
 
     The keyword has five letters or more and stands, as a whole word and in this case, in one to three paragraphs. The
     answer is these paragraphs, verbatim and in order, with blank lines between them.
@@ -93,7 +94,7 @@ def keyword_retrieval(text: Paragraphs, room: int, source: random.Random) -> Que
 
 
 def position_retrieval(text: Paragraphs, room: int, source: random.Random) -> Question | None:
-    """Which paragraph comes before or after another (report: "recalling paragraphs that appear before or after").
+    """Which paragraph comes before or after another (report, section 3: retrieval based on positions).
 
     The other is named by its first words, up to eight of its first line, with which no other paragraph begins. The
     answer is the whole paragraph beside it, verbatim.
@@ -116,7 +117,7 @@ def position_retrieval(text: Paragraphs, room: int, source: random.Random) -> Qu
 
 
 def paragraph_reordering(text: Paragraphs, room: int, source: random.Random) -> Question | None:
-    """The text in order again (report: "paragraphs are shuffled, and the model must reorder them").
+    """The text in order again (report, section 3: reordering of shuffled paragraphs).
 
     The text is cut into three to twelve parts of one paragraph or more, which are numbered ``[1]``, ``[2]`` and so on
     in a shuffled order that is not the text's own. The answer is the whole text as it was.
@@ -214,7 +215,7 @@ class TaskWriter:
         if chat and any(token in paragraph for paragraph in text.texts for token in self.tokenizer.all_special_tokens):
             return None
         seed, left = source.random(), room
-        # questions are measured a paragraph at a time; the whole may have a few tokens more, and is made again shorter
+        # the tokens of paragraphs are estimates: a task that came out too long is made again, shorter
         for _ in range(3):
             question = QUESTIONS[task](text, left, random.Random(seed))
             if question is None:
@@ -228,11 +229,13 @@ class TaskWriter:
     def _paragraphs(self, ids: np.ndarray) -> Paragraphs:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         texts = split_paragraphs(text.strip("\ufffd"))  # halves of characters, where a piece was cut
-        rows = plain_ids(self.tokenizer, [paragraph + "\n\n" for paragraph in texts]) if texts else []
-        return Paragraphs(texts, [len(row) for row in rows])
+        each = len(ids) / max(
+            1, len(text)
+        )  # tokens a character: to tokenise every paragraph would take as long as the whole
+        return Paragraphs(texts, [math.ceil(each * (len(paragraph) + 2)) for paragraph in texts])
 
     def _fill_in_the_middle(self, ids: np.ndarray, room: int, source: random.Random) -> Document | None:
-        """A gap, and what it held (report: "predict missing segments within a given text context").
+        """A gap, and what it held (report, section 3: fill in the middle).
 
         The text before the gap, the text behind it, then the text in it, each behind its mark: the tokens of Qwen2.5
         for this, or words where a tokenizer lacks them. Position and length of the gap vary: from 8 tokens to half of
