@@ -8,6 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_longctx.shapes import known_config
 
 NAMES = ("qwen2.5-7b", "qwen2.5-14b")  # of which the measurements take the 1M checkpoints
+TRAINED = ("qwen2.5-0.5b", "qwen2.5-7b")  # that training is measured on
 _TOY = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -34,8 +35,18 @@ def random_model(
     device: torch.device, tiny: bool = False, layers: int | None = None, shape: str = NAMES[0]
 ) -> Qwen2ForCausalLM:
     """The shape with normal random weights (standard deviation 0.02), bf16, made on `device`."""
+    return random_weights(model_config(tiny, layers, shape), device)
+
+
+def train_config(tiny: bool = False, shape: str = TRAINED[0]) -> Qwen2Config:
+    """Config of the plain checkpoint of a shape, from which training starts, or of a toy."""
+    return known_config(shape, **(_TOY if tiny else {}))
+
+
+def random_weights(config: Qwen2Config, device: torch.device) -> Qwen2ForCausalLM:
+    """A model with normal random weights (standard deviation 0.02), bf16, made on `device`."""
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(model_config(tiny, layers, shape)).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
