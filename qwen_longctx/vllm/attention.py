@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from qwen_longctx import ops
+from qwen_longctx.attention import dense
 from qwen_longctx.config import Geometry
 from qwen_longctx.geometry.positions import Kind, query_positions
 from qwen_longctx.geometry.rotary import rotate, rotation, temperature
+from qwen_longctx.kv.store import Tensors
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.merge import merge
-from qwen_longctx.vllm.pages import KINDS, Pieces, cut, positions, segment_table
+from qwen_longctx.vllm.pages import KINDS, Pieces, cut, gathered, positions, segment_table
+from qwen_longctx.vllm.sparse import Part, Plan
 
 
 class Segment(NamedTuple):
@@ -41,6 +44,23 @@ class Segment(NamedTuple):
     causal: bool
 
 
+class Layer(NamedTuple):
+    """What a layer brings beside its queries.
+
+    Attributes
+    ----------
+    pages : torch.Tensor
+        Shape (pages, kv_heads, page_size, 2 * head_dim): keys, and values after them.
+    scale : float
+        Softmax scale.
+    number : int
+    """
+
+    pages: torch.Tensor
+    scale: float
+    number: int
+
+
 class PagedKernel(Protocol):
     """Attention of one segment: `q` of shape (rows, heads, head_dim) gives `out` of that shape, and `lse`.
 
@@ -52,7 +72,7 @@ class PagedKernel(Protocol):
 
 
 class Step:
-    """What all layers share in one step of the engine.
+    """What all layers share in one step of the engine in which all requests attend to everything.
 
     `kinds` are the segments that occur, and `rotations` those of the queries towards each, of shape (rows, 1,
     head_dim). Where all sequences end within the first chunk there is one kind, and attention is causal over
@@ -105,6 +125,11 @@ class Step:
         ]
         self.segments: dict[Kind, Segment] = {}
 
+    @property
+    def in_one_chunk(self) -> bool:
+        """Whether attention is that of other models."""
+        return len(self.kinds) == 1
+
     def on(self, table: torch.Tensor, page_size: int) -> Step:
         """The same step with its `segments` in the pages of a block table, of shape (requests, pages), int32."""
         here = copy(self)
@@ -125,24 +150,121 @@ class Step:
         return cast(rotate(q[None], self.rotations[self.kinds.index(kind)]), q.dtype)[0]
 
 
-def attend(q: torch.Tensor, step: Step, kernel: PagedKernel) -> torch.Tensor:
-    """Attend from all queries of a step to the segments in their pages, one softmax over all of them.
+class Mixed:
+    """A step with `parts` of prompts that are prefilled sparsely, and the `rest` of it, if there is any.
+
+    Parameters
+    ----------
+    parts : tuple of Part
+    others : torch.Tensor
+        Shape (others,), int64: numbers of the other requests.
+    rows : torch.Tensor
+        Shape (rows,), int64: the rows of their queries.
+    rest : Step, optional
+        Of these requests.
+    """
+
+    in_one_chunk = False
+
+    def __init__(self, parts: tuple[Part, ...], others: torch.Tensor, rows: torch.Tensor, rest: Step | None) -> None:
+        self.parts, self.others, self.rows, self.rest = parts, others, rows, rest
+        self.tables: list[torch.Tensor] = []
+
+    def on(self, table: torch.Tensor, page_size: int) -> Mixed:
+        """See `Step.on`. The `tables` of the parts are their rows of the table."""
+        rest = None if self.rest is None else self.rest.on(table[self.others], page_size)
+        here = Mixed(self.parts, self.others, self.rows, rest)
+        here.tables = [table[part.number] for part in self.parts]
+        return here
+
+
+AnyStep: TypeAlias = Step | Mixed
+
+
+def lay_out(
+    plan: Plan | None,
+    geometry: Geometry,
+    inv_freq: torch.Tensor,
+    starts: torch.Tensor,
+    starts_host: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    rows: int,
+    longest: int,
+    most_queries: int,
+    dtype: torch.dtype,
+) -> AnyStep:
+    """A step, of which `plan` says what is prefilled sparsely. Other arguments as for `Step`."""
+    if plan is None:
+        return Step(
+            geometry,
+            inv_freq,
+            starts,
+            starts_host,
+            lengths,
+            rows=rows,
+            longest=longest,
+            most_queries=most_queries,
+            dtype=dtype,
+        )
+    beside = torch.ones(rows, dtype=torch.bool)
+    for part in plan.parts:
+        beside[part.rows] = False
+    others = torch.tensor(plan.others, dtype=torch.int64)
+    there = others.to(lengths.device)
+    where = beside.nonzero().squeeze(1).to(lengths.device)
+    rest = None
+    if plan.most_queries:
+        rest = Step(
+            geometry,
+            inv_freq,
+            _starts_of(starts, there),
+            _starts_of(starts_host, others),
+            lengths[there],
+            rows=len(where),
+            longest=plan.longest,
+            most_queries=plan.most_queries,
+            dtype=dtype,
+        )
+    return Mixed(plan.parts, there, where, rest)
+
+
+def _starts_of(starts: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
+    """`starts` of a step that holds some of its requests alone."""
+    counts = starts.diff()[requests]
+    return torch.cat((starts[:1], counts.cumsum(0, dtype=starts.dtype)))
+
+
+def attend(q: torch.Tensor, step: AnyStep, kernel: PagedKernel, layer: Layer) -> torch.Tensor:
+    """Attend from all queries of a step to what is in their pages, one softmax over all segments of each.
 
     Parameters
     ----------
     q : torch.Tensor
         Shape (rows, heads, head_dim), not rotated.
-    step : Step
+    step : Step or Mixed
         In its pages (`Step.on`).
     kernel : PagedKernel
+        Of the same pages.
+    layer : Layer
+        For parts that are prefilled sparsely.
 
     Returns
     -------
     torch.Tensor
         Like `q`.
     """
-    parts = [kernel(step.rotated(q, kind), segment) for kind, segment in step.segments.items()]
-    return merge([(out[None], lse[None]) for out, lse in parts])[0][0]
+    if isinstance(step, Step):
+        parts = [kernel(step.rotated(q, kind), segment) for kind, segment in step.segments.items()]
+        return merge([(out[None], lse[None]) for out, lse in parts])[0][0]
+    out = torch.zeros_like(q)
+    for part, table in zip(step.parts, step.tables, strict=True):
+        kv = Tensors(*gathered(layer.pages, table, part.layout.length))
+        out[part.rows] = dense.attend(q[part.rows][None], kv, part.layout, layer.scale, layer.number)[0]
+        del kv  # of a long prompt gigabytes, and the next part's are as large
+    if step.rest is not None:
+        out[step.rows] = attend(q[step.rows], step.rest, kernel, layer)
+    return out
 
 
 def paged_attention(

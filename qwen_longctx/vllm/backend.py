@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
+from qwen_longctx.checkpoint import Heads
 from qwen_longctx.errors import MissingPackage, Unsupported
-from qwen_longctx.vllm.attention import Step
+from qwen_longctx.vllm.attention import Layer, lay_out
 from qwen_longctx.vllm.settings import DualChunk, refuse_cache, settings_of, uses_dual_chunk
+from qwen_longctx.vllm.sparse import RecallLog, SparsePrefill
 
 
 class DualChunkBackend:
@@ -40,7 +43,31 @@ class DualChunkImpl:
                 "dual_chunk_attention_config from config.json or --hf-overrides"
             )
         refuse_cache(self.kv_cache_dtype)  # type: ignore[attr-defined]  # which a quantised checkpoint can choose
-        self.dual_chunk = settings_of(get_current_vllm_config().model_config.hf_text_config)
+        engine = get_current_vllm_config()
+        model = engine.model_config
+        settings = settings_of(model.hf_text_config)
+        self.dual_chunk = settings.in_steps_of(engine.scheduler_config.max_num_batched_tokens)
+        self.number, self._longest = layer_idx or 0, model.max_model_len
+        heads: int = self.num_heads  # type: ignore[attr-defined]
+        self.sparse = SparsePrefill(
+            self.dual_chunk,
+            model.hf_text_config,
+            Heads(heads, self.num_kv_heads, heads * get_tensor_model_parallel_rank()),  # type: ignore[attr-defined]
+            torch.get_default_device(),
+            model.dtype,
+        )
+
+    def layer(self, pages: torch.Tensor) -> Layer:
+        """This layer on its pages."""
+        return Layer(pages, self.scale, self.number)  # type: ignore[attr-defined]
+
+    def reserve(self, device: torch.device) -> None:
+        """Take for a moment what a layer needs beside its pages for the longest prompt.
+
+        vLLM calls an attention without metadata where it measures how much memory a step takes.
+        """
+        if self.dual_chunk is not None:
+            torch.empty(self.sparse.room(self._longest), dtype=torch.uint8, device=device)
 
 
 class DualChunkBuilder:
@@ -49,13 +76,17 @@ class DualChunkBuilder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        found = [getattr(layer.impl, "dual_chunk", None) for layer in layers.values()]
-        self._settings: DualChunk | None = next((one for one in found if one is not None), None)
+        found = [layer.impl for layer in layers.values() if getattr(layer.impl, "dual_chunk", None) is not None]
+        self._settings: DualChunk | None = None
         self._page_size = kv_cache_spec.block_size
         self._dtype = vllm_config.model_config.dtype
-        if self._settings is not None:
+        if found:
+            first = found[0]  # all layers have the same settings
+            self._settings, self._sparse = first.dual_chunk, first.sparse
             self._settings.check_page_size(self._page_size)
             self._inv_freq = self._settings.inv_freq(device)
+            self._log = RecallLog(self._sparse.name)
+            self._sparse.announce(vllm_config.model_config.max_model_len)
             self.supports_draft_decode_metadata_update = False  # it would leave our part of the metadata behind
 
     @classmethod
@@ -66,20 +97,23 @@ class DualChunkBuilder:
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The metadata of vLLM's own backend, with a `Step` as its attribute `dual_chunk` where the model wants it."""
+        """The metadata of vLLM's own backend, with a step as its attribute `dual_chunk` where the model wants it."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         if self._settings is not None:
             common = common_attn_metadata
-            step = Step(
+            size = {"longest": common.max_seq_len, "most_queries": common.max_query_len}
+            plan = self._sparse.plan(common.query_start_loc, common.seq_lens, **size)
+            self._log.step(plan)
+            step = lay_out(
+                plan,
                 self._settings.geometry,
                 self._inv_freq,
                 common.query_start_loc,
                 common.query_start_loc_cpu,
                 common.seq_lens,
                 rows=common.num_actual_tokens,
-                longest=common.max_seq_len,
-                most_queries=common.max_query_len,
                 dtype=self._dtype,
+                **size,
             )
             metadata.dual_chunk = step.on(common.block_table_tensor, self._page_size)
         return metadata

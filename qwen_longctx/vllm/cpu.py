@@ -60,6 +60,8 @@ class DualChunkCPUAttentionImpl(DualChunkImpl, CPUAttentionBackendImpl):  # type
         *arguments: Any,
         **keywords: Any,
     ) -> torch.Tensor:
+        if attn_metadata is None:
+            self.reserve(query.device)
         if self.dual_chunk is None or attn_metadata is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *arguments, **keywords)
         rows = attn_metadata.num_actual_tokens
@@ -67,7 +69,7 @@ class DualChunkCPUAttentionImpl(DualChunkImpl, CPUAttentionBackendImpl):  # type
         def kernel(q: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
             return paged_attention(q, kv_cache, segment, self.scale)
 
-        output[:rows] = attend(query[:rows], attn_metadata.dual_chunk, kernel)
+        output[:rows] = attend(query[:rows], attn_metadata.dual_chunk, kernel, self.layer(kv_cache))
         return output
 
 

@@ -42,11 +42,13 @@ class DualChunkFlashAttentionImpl(DualChunkImpl, FlashAttentionImpl):  # type: i
         *arguments: Any,
         **keywords: Any,
     ) -> torch.Tensor:
+        if attn_metadata is None:
+            self.reserve(query.device)
         if self.dual_chunk is None or attn_metadata is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *arguments, **keywords)
         rows, step = attn_metadata.num_actual_tokens, attn_metadata.dual_chunk
         query = query[:rows]
-        if len(step.kinds) == 1:
+        if step.in_one_chunk:
             rotated = step.rotated(query, "intra")
             return super().forward(layer, rotated, key, value, kv_cache, attn_metadata, output, *arguments, **keywords)
         keys, values = (
@@ -73,7 +75,7 @@ class DualChunkFlashAttentionImpl(DualChunkImpl, FlashAttentionImpl):  # type: i
             # in rows without keys version 2 says +inf, where others say -inf
             return out, lse.masked_fill(lse == torch.inf, -torch.inf) if self.vllm_flash_attn_version == 2 else lse
 
-        output[:rows] = attend(query, step, kernel)
+        output[:rows] = attend(query, step, kernel, self.layer(kv_cache))
         return output
 
 

@@ -5,39 +5,51 @@ Configs of vLLM are taken as objects with attributes, so nothing here imports it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qwen_longctx import checkpoint
-from qwen_longctx.config import Geometry
+from qwen_longctx.config import Geometry, LongContextConfig
 from qwen_longctx.errors import InvalidType, InvalidValue, Unsupported
+from qwen_longctx.sparsity import check_budgets
 
 SECTION = "dual_chunk_attention_config"
 FAMILIES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 _TEMPERATURE = "attention_temperature"
-_SPARSE = tuple(f"sparse_attention_{name}" for name in ("config", "enabled", "last_q", "threshold"))
+_ENABLED = "sparse_attention_enabled"
+_OF_CHECKPOINTS = (_ENABLED, *(f"sparse_attention_{name}" for name in ("threshold", "last_q", "config")))
+_OURS = ("sparse", "fidelity", "density", "mass", "score_threshold", "block_size", "kernel")  # of `LongContextConfig`
 _LEAST_PAGE = 16  # tokens, of vLLM's backends
 _PLAIN = ("auto", "bfloat16", "float16", "float32", "half", "float")  # dtypes of a cache that is not quantised
 
 
 @dataclass(frozen=True)
 class DualChunk:
-    """Geometry and rotary frequencies of a model.
+    """Settings and rotary frequencies of a model.
 
     Attributes
     ----------
-    geometry : Geometry
+    settings : LongContextConfig
     base : float
         Rotary base, ``rope_theta``.
     head_dim : int
         Numbers a head.
     """
 
-    geometry: Geometry
+    settings: LongContextConfig
     base: float
     head_dim: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Chunks and the attention temperature."""
+        return self.settings.geometry
+
+    def in_steps_of(self, tokens: int) -> DualChunk:
+        """The same for an engine that reads up to so many tokens in a step."""
+        return replace(self, settings=replace(self.settings, prefill_chunk_size=tokens))
 
     def inv_freq(self, device: torch.device) -> torch.Tensor:
         """Rotary frequencies, shape (head_dim / 2,), float32, computed as transformers does."""
@@ -66,15 +78,21 @@ def uses_dual_chunk(config: Any) -> bool:
     return getattr(config, SECTION, None) is not None
 
 
-def geometry_of(config: Any) -> Geometry:
-    """The geometry in the section of a checkpoint's config, or of ``--hf-overrides``.
+def long_context(config: Any) -> LongContextConfig:
+    """The settings in the section of a checkpoint's config, or of ``--hf-overrides``.
+
+    Without `sparse` in the section, prefill is sparse where the checkpoint says so (`sparse_attention_enabled`, or that
+    there are budgets) and a fast kernel takes block lists.
 
     Raises
     ------
     TypeError, ValueError
         A key is absent, unknown or has a wrong value.
+    FileNotFoundError
+        Prefill shall go by budgets that the checkpoint does not have.
     NotImplementedError
-        The attention temperature shall go by the length of the prompt, which the engine does not know.
+        The attention temperature shall go by the length of the prompt, which the engine does not know, or sparse
+        prefill be steered from step to step.
     """
     section = dict(checkpoint.section(config))
     absent = [key for key in checkpoint.GEOMETRY_KEYS if key not in section]
@@ -83,8 +101,13 @@ def geometry_of(config: Any) -> Geometry:
             f"{SECTION} lacks {', '.join(absent)}: give all of {', '.join(checkpoint.GEOMETRY_KEYS)} in config.json or "
             "--hf-overrides"
         )
-    known = (*checkpoint.GEOMETRY_KEYS, _TEMPERATURE, *_SPARSE)
+    known = (*checkpoint.GEOMETRY_KEYS, _TEMPERATURE, *_OF_CHECKPOINTS, *_OURS)
     for key in section:
+        if key == "recall_target":
+            raise Unsupported(
+                f"{key} steers sparse prefill from one part of a prompt to the next, and the engine keeps nothing "
+                "between them: leave it out, and choose a fidelity"
+            )
         if key not in known:
             raise InvalidType(f"unknown key {key!r} in {SECTION}: the keys are {', '.join(known)}")
     heat = section.get(_TEMPERATURE, "position")
@@ -93,7 +116,20 @@ def geometry_of(config: Any) -> Geometry:
             f"{_TEMPERATURE} true goes by the length of the whole prompt, which the engine does not know: set "
             '"position" or false'
         )
-    return Geometry(**{key: section[key] for key in checkpoint.GEOMETRY_KEYS}, attention_temperature=heat)
+    enabled = section.get(_ENABLED, bool(section.get("sparse_attention_config")))
+    if not isinstance(enabled, bool):
+        raise InvalidType(f"{_ENABLED} must be true or false, got {enabled!r}")
+    given = {key: section[key] for key in _OURS if key in section}
+    settings = LongContextConfig(
+        **{
+            **checkpoint.settings_of(config),
+            "sparse": "auto" if enabled else "off",
+            **given,
+            _TEMPERATURE: heat,
+        }
+    )
+    check_budgets(settings, config)
+    return settings
 
 
 def settings_of(config: Any) -> DualChunk:
@@ -102,7 +138,7 @@ def settings_of(config: Any) -> DualChunk:
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        It asks for what cannot be done; see `geometry_of`.
+        It asks for what cannot be done; see `long_context`.
     """
     family = getattr(config, "model_type", None)
     if family not in FAMILIES:
@@ -121,7 +157,7 @@ def settings_of(config: Any) -> DualChunk:
     base = rope.get("rope_theta", getattr(config, "rope_theta", None))
     if base is None:
         raise InvalidValue("the checkpoint's config has no rope_theta: correct config.json")
-    return DualChunk(geometry_of(config), float(base), checkpoint.head_dim(config))
+    return DualChunk(long_context(config), float(base), checkpoint.head_dim(config))
 
 
 def refuse_engine(config: Any) -> None:
