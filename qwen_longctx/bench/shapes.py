@@ -48,6 +48,7 @@ def random_weights(config: Qwen2Config, device: torch.device) -> Qwen2ForCausalL
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
+    model.tie_weights()  # which have parted on the way
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
