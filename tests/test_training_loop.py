@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +45,7 @@ def worker(texts):
     paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(here / "training_runs.py"), str(texts.parent)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((texts.parent / "found.json").read_text())
 
@@ -73,6 +74,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(worker, texts, method):
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_are_one(worker, texts, name):
     """With copies of the weights, and with the weights divided (FSDP2): gloo, as accelerate launches them."""
+    if "sharded" in name and Version(torch.__version__) < Version("2.7"):
+        pytest.skip("FSDP of PyTorch 2.6 takes no CPU")
     assert worker[name] == 0
     method = name.split("-")[1]
     one = texts.parent / f"one-{method}"
@@ -182,13 +185,6 @@ def test_loss_by_position(texts, tmp_path):
         assert not (tmp_path / "run" / "loss_by_position.png").exists()
     else:
         assert (tmp_path / "run" / "loss_by_position.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_another_seed_trains_on_other_texts(texts, tmp_path):
-    for seed in (0, 1):
-        run(stages.of(table(texts, seed=seed)), tmp_path / str(seed))
-    first, second = (rows(tmp_path / str(seed)) for seed in (0, 1))
-    assert [row["loss"] for row in first[1:]] != [row["loss"] for row in second[1:]]
 
 
 def test_half_precision_learns_by_masters():

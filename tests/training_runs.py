@@ -12,8 +12,10 @@ import signal
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -105,14 +107,23 @@ def _in_a_child(recipe: Recipe, output: Path, kill: tuple[int, float] | None = N
     """The status of a process that trains, and is killed so many seconds after it has done so many steps."""
     child = os.fork()
     if not child:
-        run(recipe, output)
-        os._exit(0)
+        _and_leave(lambda: run(recipe, output))
     if kill is not None:
         while _standing(output)[0] < kill[0] and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             time.sleep(0.002)
         time.sleep(kill[1])
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
+
+
+def _and_leave(work: Callable[[], Any]) -> NoReturn:
+    """Do the work of a child, which must not go on with its parent's."""
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def _standing(output: Path) -> tuple[int, int]:
@@ -146,9 +157,12 @@ def together(folder: Path, method: str, sharded: bool) -> int:
         os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
         os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
-        with joined() as ranks:
-            run(stages.of(table(folder / "texts", method=method)), folder / name, ranks)
-        os._exit(0)
+
+        def as_one_of_two() -> None:
+            with joined() as ranks:
+                run(stages.of(table(folder / "texts", method=method)), folder / name, ranks)
+
+        _and_leave(as_one_of_two)
     return max(os.waitpid(child, 0)[1] for child in children)
 
 
