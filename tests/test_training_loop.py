@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import subprocess
@@ -198,6 +199,33 @@ def test_half_precision_learns_by_masters():
         assert learner.step(1e-3) == pytest.approx(4 * 2e-3, rel=0.01)
     assert float(learner.masters["w"].detach().mean()) == pytest.approx(1 - 40e-3, rel=1e-3)
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 40e-3, rel=1e-2)
+
+
+def test_eight_bit_optimiser():
+    """torchao's, whose steps are compiled elsewhere: its state is saved, and goes on to the same bits."""
+    pytest.importorskip("torchao")
+
+    def steps(numbers, state=None):
+        torch.manual_seed(0)
+        weights = {name: torch.nn.Parameter(torch.randn(64, 128).bfloat16()) for name in "ab"}
+        learner = Learner(weights, stages.Optimiser(name="adamw_8bit"))
+        if state is not None:
+            learner.load_state(state)
+        for number in numbers:
+            torch.manual_seed(number)  # of the rounding
+            sum(weight.float().square().sum() for weight in weights.values()).backward()
+            learner.step(1e-3 * (number + 1))
+        return learner
+
+    with torch.compiler.set_stance("force_eager"):
+        whole = steps(range(4)).masters
+        file = io.BytesIO()
+        torch.save(steps(range(2)).state(), file)
+        file.seek(0)
+        gone_on = steps((2, 3), torch.load(file, weights_only=True)).masters
+    first = steps(()).masters
+    assert all(torch.equal(whole[name], gone_on[name]) for name in whole)
+    assert all((whole[name].abs().mean() < first[name].abs().mean()) for name in whole)
 
 
 def test_gradients_that_are_no_numbers_stop_the_run(texts, tmp_path):
