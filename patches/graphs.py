@@ -238,7 +238,7 @@ def _has_room(run: Run, dtype: torch.dtype) -> bool:
 
 def _blocks_kept(run: Run) -> int | None:
     """Blocks of keys that the token attends to in each KV head; None where those are all."""
-    share = run.settings.sparse_decode
+    share = run.settings.share_decoded(run.call.end)
     return None if share is None else blocks_kept(share, run.call.end)
 
 
@@ -309,7 +309,7 @@ class _Token:
                 given.numbers, len(run.call.rows), run.settings.stride, rotary=rotary, dtype=dtype
             )
             tables = RotaryTables.of_keys(keys, spots, rotary.inv_freq, rotary.attention_scaling)
-            how = {"reach": reach, "slot": given.slot, "keep": run.settings.sparse_decode}
+            how = {"reach": reach, "slot": given.slot, "keep": run.settings.share_decoded(run.call.end)}
             here = Layout((), False, tables, kernel, run.call.end, run.mode, **how)
             blank = torch.empty((0, 0, 0, 0), device=run.device)
             others = {"attention_mask": blank, OLD_NAME: run.cache, "use_cache": self._use_cache}

@@ -71,7 +71,7 @@ def _devices(base: Any) -> list[torch.device]:
 
 @torch.no_grad()
 def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
-    """Prefill a short prompt as a long one is prefilled, and decode two tokens, one with the kernels of CUDA graphs.
+    """Prefill a short prompt as a long one is prefilled, and decode tokens in every way that a run may take.
 
     Chunks are short here, so that the prompt has segments of every kind and an end that stays dense. The kernels are
     those of the settings' own chunks: none is compiled for a length.
@@ -105,9 +105,11 @@ def run_short_prompt(base: Any, settings: LongContextConfig) -> None:
             stop = min(start + short.prefill_chunk_size, tokens)
             forward = Forward(run, start, stop)
             base(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, dual_chunk_forward=forward)
-    for way in (nullcontext, runs.repeated) if settings.cuda_graphs else (nullcontext,):
-        with way():
-            base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+    for shares in (short, replace(short, sparse_decode=None)) if short.sparse_decode is not None else (short,):
+        state.settings = shares
+        for way in (nullcontext, runs.repeated) if settings.cuda_graphs else (nullcontext,):
+            with way():
+                base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
 
 def _shortened(settings: LongContextConfig, rule: str | None) -> LongContextConfig:
@@ -122,4 +124,5 @@ def _shortened(settings: LongContextConfig, rule: str | None) -> LongContextConf
         block_size=settings.tile if settings.tile_fits else None,
         sparse="off" if rule is None else rule,
         sparse_attention_threshold=1,
+        sparse_decode_threshold=1,
     )

@@ -155,12 +155,14 @@ class Kernels(_Part):
 
     kernel: str = "auto"
     sparse_decode: float | None = None
+    sparse_decode_threshold: int = 65536
     linear: str = "auto"
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         self._choice("kernel", KERNELS)
         self._choice("linear", LINEAR)
+        self._whole_number("sparse_decode_threshold")
         if not isinstance(self.cuda_graphs, bool):
             raise InvalidType(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}")
         if self.sparse_decode is None:
@@ -170,6 +172,10 @@ class Kernels(_Part):
             raise InvalidValue(
                 f"kernel={self.kernel!r} has no sparse_decode: leave kernel at 'auto', or sparse_decode out"
             )
+
+    def share_decoded(self, length: int) -> float | None:
+        """Share of the keys that a token attends to as the last of `length`; None is all of them."""
+        return self.sparse_decode if length > self.sparse_decode_threshold else None
 
 
 @dataclass(frozen=True)
@@ -232,6 +238,8 @@ class LongContextConfig(KeyValueCache, Kernels, Sparse, Prefill, Geometry):  # f
     sparse_decode : float, optional
         Share of the keys, above 0 and up to 1, that a decoded token attends to in each KV head, 4,096 keys at least;
         None is all of them. See ``docs/sparse-decode.md``.
+    sparse_decode_threshold : int
+        Tokens of longer sequences only are decoded sparsely: before that, choosing takes longer than it saves.
     linear : {"auto", "fp8"}
         What the linear layers of attention and MLPs compute in: "auto" is their own dtype. "fp8" casts them to 8 bits,
         which must be bf16 on a CUDA device of compute capability 8.9 or newer, and keeps the originals on the host.

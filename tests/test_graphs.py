@@ -129,8 +129,8 @@ def test_same_as_without(tapes, family, tokens):
 KINDS = {
     "int8": {"kv_cache": "int8"},
     "fp8": {"kv_cache": "fp8"},
-    "sparse": {"sparse_decode": 0.5},
-    "int8, sparse": {"kv_cache": "int8", "sparse_decode": 0.5},
+    "sparse": {"sparse_decode": 0.5, "sparse_decode_threshold": 1},
+    "int8, sparse": {"kv_cache": "int8", "sparse_decode": 0.5, "sparse_decode_threshold": 1},
 }
 FEW = {"max_new_tokens": 30, "min_new_tokens": 30}  # enough to complete a mean of keys
 
@@ -172,7 +172,13 @@ def test_kinds_across_chunks_and_blocks_kept(tapes, kind, family):
 
 def test_sparse_decode_begins_in_mid_sequence(tapes, short):
     """All keys up to 128; then another graph."""
-    both(prompt(115), tapes, settings={"sparse_decode": 0.1}, **FEW)
+    both(prompt(115), tapes, settings={"sparse_decode": 0.1, "sparse_decode_threshold": 1}, **FEW)
+    assert len(tapes) == 2 and all(tape.replays > 5 for tape in tapes)
+
+
+def test_sparse_decode_begins_beyond_its_threshold(tapes, short):
+    """As above, by the setting: the number of keys that are kept would leave some out from 129 on."""
+    both(prompt(135), tapes, settings={"sparse_decode": 0.1, "sparse_decode_threshold": 148}, **FEW)
     assert len(tapes) == 2 and all(tape.replays > 5 for tape in tapes)
 
 
@@ -230,7 +236,7 @@ def test_kinds_in_turns_that_are_cropped(tapes, kind):
 
 def test_linear_layers_in_8_bits_beside_a_cache_in_8_bits_and_sparse_decode(tapes, short, monkeypatch):
     monkeypatch.setattr(fp8, "why_not", lambda device: "")
-    settings = {"linear": "fp8", "kv_cache": "int8", "sparse_decode": 0.5}
+    settings = {"linear": "fp8", **KINDS["int8, sparse"]}
     model = biased(dtype=torch.bfloat16, head_dim=16, hidden_size=64, intermediate_size=96)
     out, _ = both(prompt(200), tapes, model=model, settings=settings, **FEW)
     assert len(tapes) == 1 and tapes[0].replays > 22
@@ -637,7 +643,7 @@ def test_cuda_all_in_8_bits_and_sparse(short, monkeypatch):
     monkeypatch.setattr(graphs, "capture", lambda *args: (captured.append(1), capture(*args))[1])
     model = biased(dtype=torch.bfloat16, head_dim=32, hidden_size=128, intermediate_size=256).cuda()
     ids = prompt(200).cuda()
-    with patched_qwen(model, linear="fp8", kv_cache="int8", sparse_decode=0.5):
+    with patched_qwen(model, linear="fp8", **KINDS["int8, sparse"]):
         generate(model, ids, **FEW)
     assert captured == [1]
 

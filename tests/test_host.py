@@ -25,7 +25,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import KV_CACHES
 from qwen_longctx.errors import DoesNotFit, Unsupported
 from qwen_longctx.geometry.layout import Call, Origin
-from qwen_longctx.kv import hf_cache, host, pinned
+from qwen_longctx.kv import hf_cache, host, pinned, saved
 from qwen_longctx.kv.hf_cache import LongContextLayer
 from qwen_longctx.kv.host import HostStore, Lane, Staging
 from qwen_longctx.kv.pinned import Pages
@@ -144,7 +144,7 @@ def test_sparse_decode_bit_for_bit(device, monkeypatch):
     model = tiny_model(head_dim=16, num_hidden_layers=3, **LONG).to(device)  # more layers than are there at once
     ids, more = prompt(1000, 2, device), prompt(40, 2, device, seed=2)
     cuts = [1, 4, 5, 13, 14, 15, 23, 31, 32, 33, 34, 38]
-    with patched_qwen(model, sparse="off", sparse_decode=0.1, prefill_chunk_size=300):
+    with patched_qwen(model, sparse="off", sparse_decode=0.1, sparse_decode_threshold=1, prefill_chunk_size=300):
         ours, theirs = LongContextCache(1100, kv_cache="host"), LongContextCache(1100)
         for cache in (ours, theirs):
             logits(model, ids, [], None, cache)
@@ -416,6 +416,36 @@ def test_a_prefix_moves_between_kinds(tmp_path):
     assert all(torch.equal(found[0], one) for one in found[1:])
 
 
+@pytest.mark.parametrize("capacity", [0, 40_000])
+@torch.no_grad()
+def test_a_prefix_asks_the_host_for_room_before_it_takes_any(tmp_path, monkeypatch, capacity):
+    """As much as loading takes, that ahead of the next tokens included, and not a byte more."""
+    model, ids = patch_qwen(tiny_model(), kv_cache="host", prefill_chunk_size=300), prompt(900, 2)
+    cache, taken = LongContextCache(kv_cache="host"), []
+    logits(model, ids, [], None, cache)
+    cache.save(tmp_path / "prefix")
+    real = host.new_piece
+    monkeypatch.setattr(host, "new_piece", lambda *args: taken.append(piece := real(*args)) or piece)
+    loaded = LongContextCache.load(tmp_path / "prefix", model, capacity)
+    for layer in loaded.layers:
+        for _, future in layer.store._coming:
+            future.result()
+    needed = sum(tensor.nbytes for piece in taken for tensor in piece.tensors)
+    assert needed >= 2 * cache.layers[0].keys.nbytes * len(cache.layers)
+    del taken[:]
+    monkeypatch.setattr(saved, "free_host_bytes", lambda: needed - 1)
+    message = f"needs {needed:,} bytes of host memory for keys and values of 2 x 900 tokens, and {needed - 1:,} are"
+    with pytest.raises(DoesNotFit, match=message):
+        LongContextCache.load(tmp_path / "prefix", model, capacity)
+    assert not taken
+    for free in (needed, None):
+        monkeypatch.setattr(saved, "free_host_bytes", lambda free=free: free)
+        assert same(LongContextCache.load(tmp_path / "prefix", model, capacity), cache)
+    monkeypatch.setattr(saved, "free_host_bytes", lambda: 0)
+    with patched_qwen(model, kv_cache="device", prefill_chunk_size=300):
+        assert same(LongContextCache.load(tmp_path / "prefix", model, capacity), cache)
+
+
 # --- what it takes ----------------------------------------------------------------------------------------------------
 
 
@@ -536,7 +566,7 @@ def test_free_host_memory_is_that_of_the_container(tmp_path, monkeypatch):
         ("memory.stat", "anon 3000000\ninactive_file 700000\n"),
     ):
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(estimates, "_CONTAINERS", ((str(tmp_path), "memory.max", "memory.current", "inactive_file"),))
+    monkeypatch.setattr(pinned, "_CONTAINERS", ((str(tmp_path), "memory.max", "memory.current", "inactive_file"),))
     assert estimates.free_host_bytes() == 1_700_000
     (tmp_path / "memory.max").write_text("max")
     assert estimates.free_host_bytes() != 1_700_000

@@ -393,6 +393,10 @@ def test_means_of_sparse_decode(config, settings):
     ]
     assert found[0] == found[2] and found[1].activations == found[0].activations
     assert found[1].selection - found[0].selection == 28 * 4 * 128 * 2 * (1_000_000 // 32)
+    short = [
+        Prefill(Shape.of(config), 65_536, 1, BF16, replace(settings, sparse_decode=x)).peak() for x in (None, 0.05)
+    ]
+    assert short[0] == short[1]
 
 
 def test_generate_asks_once(monkeypatch, model):

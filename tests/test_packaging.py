@@ -37,7 +37,7 @@ LAYERS = (
     {"attention"},
     {"prefill"},
     {"patches", "vllm"},
-    {"evaluation", "memory", "training"},
+    {"evaluation", "memory", "serving", "training"},
     {"bench", "cli"},
 )
 

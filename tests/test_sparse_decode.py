@@ -219,6 +219,9 @@ def test_means_follow_crops_and_beams():
     assert torch.equal(store.key_means(32), wanted)
 
 
+ALWAYS = {"sparse_decode_threshold": 1}  # not only beyond 65,536 keys
+
+
 # --- whole models -------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +254,7 @@ def test_all_keys_give_the_tokens_of_dense(family, how, short):
     ids, mask = batch(1 if "prompt_lookup_num_tokens" in how else 3)
     with patched_qwen(model):
         wanted = tokens_of(model, ids, mask, **how)
-    with patched_qwen(model, sparse_decode=1.0):
+    with patched_qwen(model, **ALWAYS, sparse_decode=1.0):
         assert tokens_of(model, ids, mask, **how) == wanted
 
 
@@ -267,7 +270,7 @@ def test_a_share_changes_the_step_and_not_the_prompt(short):
     longer = torch.cat((mask, mask[:, :1] * 0 + 1), 1)
     with patched_qwen(model):
         prompt, dense = model(ids, attention_mask=mask).logits, step_logits(model, ids, longer)
-    with patched_qwen(model, sparse_decode=0.1):
+    with patched_qwen(model, **ALWAYS, sparse_decode=0.1):
         assert torch.equal(model(ids, attention_mask=mask).logits, prompt)
         sparse = step_logits(model, ids, longer)
         assert not torch.equal(sparse, dense)
@@ -279,7 +282,7 @@ def test_a_share_changes_the_step_and_not_the_prompt(short):
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
 def test_any_cache_gives_the_same_tokens(how, short):
     """Means that are kept, and those worked out anew for a foreign cache."""
-    model = patch_qwen(tiny_model(head_dim=16), sparse_decode=0.1)
+    model = patch_qwen(tiny_model(head_dim=16), **ALWAYS, sparse_decode=0.1)
     ids, mask = batch()
     wanted = tokens_of(model, ids, mask, **how)
     assert wanted == tokens_of(model, ids, mask, cache_implementation="dynamic", **how)
@@ -290,7 +293,7 @@ def test_any_cache_gives_the_same_tokens(how, short):
 
 
 def test_a_cropped_cache_goes_on_as_before(short):
-    model = patch_qwen(tiny_model(head_dim=16), sparse_decode=0.1)
+    model = patch_qwen(tiny_model(head_dim=16), **ALWAYS, sparse_decode=0.1)
     ids, mask = batch(1)
     cache, fresh = LongContextCache(), LongContextCache()
     tokens_of(model, ids, mask, **cache_argument(cache))
@@ -301,6 +304,20 @@ def test_a_cropped_cache_goes_on_as_before(short):
     assert tokens_of(model, ids, mask, **cache_argument(cache)) == wanted
 
 
+def test_sequences_up_to_the_threshold_are_exact(short):
+    """By default those of 65,536 keys; the step after that chooses."""
+    model = tiny_model(head_dim=16)
+    ids, mask = batch(1)
+    longer = torch.cat((mask, mask[:, :1]), 1)  # 401 keys
+    with patched_qwen(model):
+        dense = step_logits(model, ids, longer)
+    for how, exact in (({}, True), ({"sparse_decode_threshold": 401}, True), ({"sparse_decode_threshold": 400}, False)):
+        with patched_qwen(model, sparse_decode=0.1, **how):
+            assert torch.allclose(step_logits(model, ids, longer), dense, atol=1e-5) == exact
+    settings = LongContextConfig.from_model_config(model.config, sparse_decode=0.1)
+    assert settings.share_decoded(65_536) is None and settings.share_decoded(65_537) == 0.1
+
+
 def test_short_sequences_are_exact():
     """Below 4,096 keys nothing is left out: the step is that of all keys, bit for bit."""
     case = Case([0], 2000, **LONG)
@@ -308,7 +325,7 @@ def test_short_sequences_are_exact():
     how = {"original_max_position_embeddings": 10**9, "chunk_size": 320, "local_size": 70}
     outs = []
     for share in (1.0, 0.01):
-        case.settings = LongContextConfig(**how, sparse_decode=share)
+        case.settings = LongContextConfig(**how, **ALWAYS, sparse_decode=share)
         outs.append(attend(case.q, kv, case.layout(), 0.3))
     assert torch.equal(*outs)
 
@@ -331,7 +348,7 @@ def test_kernels_without_lists_are_refused(kernel):
         patch_qwen(tiny_model(), sparse_decode=0.1, kernel=kernel)
 
 
-@pytest.mark.parametrize("mode", ["dense", "dense:sparse_decode=0.1"])
+@pytest.mark.parametrize("mode", ["dense", "dense:sparse_decode=0.1,sparse_decode_threshold=1"])
 def test_the_likelihood_of_an_answer_is_that_of_its_decoded_tokens(mode, short):
     """A token at a time, where decoding is sparse, and as generate would; in one forward as before where it is not."""
     model, one = tiny_model(head_dim=16), mode_of(mode)

@@ -97,8 +97,10 @@ def test_sparse_decode_is_warmed_up_and_compiles_nothing_for_a_length(monkeypatc
         run_short_prompt(model.model, settings_of(model))
     counts = Counter(kernel for kernel, _ in set(launches))
     assert counts["_mean_logits"] == counts["_mean_scores"] == counts["_best_blocks"] == 1
-    for tokens in (1536, 1701):
-        assert variants(model, tokens) <= set(launches), tokens
+    for threshold in (1, 65536):
+        patch_qwen(model, **LONG, sparse_decode=0.05, sparse_decode_threshold=threshold)
+        for tokens in (1536, 1701):
+            assert variants(model, tokens) <= set(launches), (threshold, tokens)
 
 
 @NEEDS_RULES

@@ -152,7 +152,7 @@ def _tokens(
         for name, cache in caches.items():
             clock = Clock()
             graphs, share = name != "without_graphs", sparse_decode if name == "sparse" else None
-            patch = partial(patched_qwen, model, cuda_graphs=graphs, sparse_decode=share)
+            patch = partial(patched_qwen, model, cuda_graphs=graphs, sparse_decode=share, sparse_decode_threshold=1)
             with nullcontext() if name == "stock" else patch():
                 model.generate(
                     ids,
@@ -195,7 +195,8 @@ def _attention(
     if sparse_decode is not None:
         kinds.append(("sparse", "auto", sparse_decode))
     for name, kernel, keep in kinds:
-        settings = LongContextConfig.from_model_config(config, kernel=kernel, sparse="off", sparse_decode=keep)
+        kind: dict[str, Any] = {"kernel": kernel, "sparse_decode": keep, "sparse_decode_threshold": 1}
+        settings = LongContextConfig.from_model_config(config, sparse="off", **kind)
         how = {"settings": settings, "rotary": rotary, "dtype": model.dtype, "device": device}
         runs[name] = all_layers(make_layout(call, length - 1, length, mode="decode", **how))
         runs[name]()

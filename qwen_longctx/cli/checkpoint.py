@@ -11,7 +11,7 @@ from typing import Any
 from qwen_longctx.errors import DoesNotFit, InvalidValue, MissingFile, Refused, Unsupported
 
 
-def load_config(name: str, any_model: bool = False) -> Any:
+def load_config(name: str, any_model: bool = False, revision: str | None = None) -> Any:
     """The config of a checkpoint.
 
     Parameters
@@ -20,6 +20,8 @@ def load_config(name: str, any_model: bool = False) -> Any:
         Folder or hub name.
     any_model : bool
         Take also what is no Qwen.
+    revision : str, optional
+        Branch, tag or commit on the hub.
 
     Raises
     ------
@@ -28,7 +30,7 @@ def load_config(name: str, any_model: bool = False) -> Any:
     from transformers import AutoConfig
 
     with reading("config", name):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     if not any_model and not _is_qwen(config):
         known = ", ".join(_families())
         raise Unsupported(f"{name} is a model of type {config.model_type!r}: name one of those known, {known}")
@@ -48,7 +50,7 @@ def _is_qwen(config: Any) -> bool:
     return config.model_type in _families()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises
@@ -59,14 +61,14 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with reading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         encoded = tokenizer("The grass is green.", add_special_tokens=False).input_ids
     if not encoded:  # transformers 5 makes an empty one where there are no files
         raise MissingFile(f"{name} holds no tokenizer: put the tokenizer files of the checkpoint into the folder")
     return tokenizer
 
 
-def load_model(args: argparse.Namespace) -> Any:
+def load_model(args: argparse.Namespace, revision: str | None = None) -> Any:
     """The model of ``--model``, as ``--dtype`` and ``--device-map`` say, in eval mode.
 
     Raises
@@ -81,7 +83,11 @@ def load_model(args: argparse.Namespace) -> Any:
         raise InvalidValue("--device-map meta loads no weights: name a device that holds them, or auto")
     with reading("weights", args.model):
         model, info = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=getattr(torch, args.dtype), device_map=args.device_map, output_loading_info=True
+            args.model,
+            revision=revision,
+            dtype=getattr(torch, args.dtype),
+            device_map=args.device_map,
+            output_loading_info=True,
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

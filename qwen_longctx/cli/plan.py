@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_longctx.cli.options import DTYPES, at_least_one, size_of_memory, tokens
-from qwen_longctx.config import KV_CACHES, LINEAR
+from qwen_longctx.cli.options import DTYPES, add_settings, at_least_one, settings_given, size_of_memory, tokens
 
 _SETTINGS = (
     "prefill_chunk_size",
@@ -35,19 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=at_least_one, default=1, metavar="N", help="cards, 1 by default")
     parser.add_argument("--batch", type=at_least_one, default=1, help="rows, beams included; 1 by default")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="dtype of weights and cache")
-    parser.add_argument("--prefill-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a prefill chunk")
-    parser.add_argument("--mlp-chunk-size", type=at_least_one, metavar="TOKENS", help="tokens of a slice of an MLP")
-    parser.add_argument("--linear", choices=LINEAR, help="fp8: linear layers in 8 bits")
-    parser.add_argument(
-        "--kv-cache",
-        choices=("auto", *KV_CACHES),
-        help="int8 or fp8: keys and values in 8 bits; host: in its memory; auto: the first that fits",
-    )
-    parser.add_argument("--sparse", metavar="RULE", help="rule of sparse prefill, or off")
-    parser.add_argument(
-        "--sparse-attention-threshold", type=at_least_one, metavar="TOKENS", help="longer prompts are sparse"
-    )
-    parser.add_argument("--block-size", type=at_least_one, metavar="TOKENS", help="tokens of a block of keys")
+    add_settings(parser, _SETTINGS)
     parser.add_argument("--json", metavar="FILE", help="file to write the same to as data")
 
 
@@ -67,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.json)
     known = args.model.lower() in SHAPES and not Path(args.model).is_dir()
     config = known_config(args.model) if known else checkpoint.load_config(args.model)
-    settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    settings = settings_given(args, _SETTINGS)
     dtype, cards = getattr(torch, args.dtype), range(torch.cuda.device_count())
     gpu = args.gpu or min((torch.cuda.get_device_properties(card).total_memory for card in cards), default=None)
     found = memory.plan(config, args.tokens, gpu, gpus=args.gpus, batch=args.batch, dtype=dtype, **settings)

@@ -22,6 +22,7 @@ _OF_VARIANTS = {
     "sparse",
     "sparse_attention_threshold",
     "sparse_decode",
+    "sparse_decode_threshold",
     "recall_target",
     *chain.from_iterable(RULES.values()),
 }

@@ -391,7 +391,7 @@ def make_layout(
     sparse : sparsity.Request, optional
         Sparse prefill, if the forward asks for it.
     """
-    keep = settings.sparse_decode
+    keep = settings.share_decoded(stop)
     one_pass = takes_one_pass(settings, rotary, dtype, device, stop - start)
     if call.cached and mode != "train" and not weights and sparse is None and one_pass:
         keys, reach, spots = step.lay_out(

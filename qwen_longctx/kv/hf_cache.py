@@ -308,7 +308,7 @@ class LongContextCache(DynamicCache):
         TypeError, ValueError
             A wrong argument, or the file is damaged.
         DoesNotFit
-            A device has no room for it.
+            A device, or the host, has no room for it.
         """
         _check_capacity(capacity)
         settings = settings_of(model)

@@ -146,17 +146,31 @@ class HostStore(Store):
         except BaseException:
             self._coming.clear()  # those behind it would leave a gap
             raise
-        self._order(min(self._room, stop + max(0, stop - self.length)))
+        self._order(self._ahead(stop))
+
+    def _ahead(self, stop: int) -> int:
+        """Tokens for which memory is taken, at the end by other threads, where `stop` tokens want it."""
+        return max(stop, min(self._room, stop + max(0, stop - self.length)))
 
     def _order(self, stop: int) -> None:
         """Let other threads take the memory that is missing for `stop` tokens."""
+        for start, tokens in self._missing(stop):
+            future = self._staging.order(new_piece, start, tokens, self._kinds, self._device)
+            self._coming.append((start + tokens, future))
+
+    def _missing(self, stop: int) -> list[tuple[int, int]]:
+        """Where the pieces begin that are missing for `stop` tokens, and their tokens."""
         have = self._coming[-1][0] if self._coming else self._taken
-        most = max(UNIT, _PIECE // self._width // UNIT * UNIT)
+        most, missing = max(UNIT, _PIECE // self._width // UNIT * UNIT), []
         while have < stop:
             tokens = min(most, -(-(max(self._room, stop) - have) // UNIT) * UNIT)
-            future = self._staging.order(new_piece, have, tokens, self._kinds, self._device)
+            missing.append((have, tokens))
             have += tokens
-            self._coming.append((have, future))
+        return missing
+
+    def missing_bytes(self, tokens: int) -> int:
+        """Bytes of host memory that will be taken when so many tokens want it, ahead of the next ones too."""
+        return self._width * sum(size for _, size in self._missing(self._ahead(tokens)))
 
     @property
     def _kinds(self) -> Kinds:

@@ -1,4 +1,4 @@
-"""Memory of the host that CUDA devices read and write by themselves, while the host goes on.
+"""Memory of the host: what is free, and such as CUDA devices read and write by themselves, while the host goes on.
 
 PyTorch's own allocator of such memory rounds up to powers of 2. Here whole pages are taken from the system and
 registered with CUDA, a part of a cache at a time: registering takes seconds for tens of gigabytes.
@@ -9,12 +9,17 @@ from __future__ import annotations
 import mmap
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from qwen_longctx.errors import DoesNotFit
 
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices
+_CONTAINERS = (  # of both versions of control groups: folder, limit, what is used, and what of it is idle
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 class Pages:
@@ -79,3 +84,30 @@ def _unregister(memory: torch.Tensor, device: torch.device) -> None:
     with suppress(Exception):
         torch.cuda.synchronize(device)  # transfers may be under way
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def free_host_bytes() -> int | None:
+    """Bytes that this process can take of the host's memory; None where the system does not tell, as outside of Linux.
+
+    A container may have less than the machine.
+    """
+    free = [_of_meminfo(), *(_of_container(*names) for names in _CONTAINERS)]
+    return min((size for size in free if size is not None), default=None)
+
+
+def _of_meminfo() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _of_container(folder: str, limit: str, used: str, idle: str) -> int | None:
+    """What a control group leaves: files that it has read and does not need count as free."""
+    try:
+        most = int((Path(folder) / limit).read_text())
+        idle_bytes = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())[idle]
+        return max(0, most - int((Path(folder) / used).read_text()) + int(idle_bytes))
+    except (OSError, KeyError, ValueError):  # no limit is called "max"
+        return None

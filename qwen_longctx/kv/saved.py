@@ -26,6 +26,8 @@ from qwen_longctx.errors import DoesNotFit, InvalidType, InvalidValue, MissingFi
 from qwen_longctx.files import check_writable, is_leftover, remove_leftovers, replacing
 from qwen_longctx.geometry.layout import Origin
 from qwen_longctx.kv.fingerprint import base_of, differences, fingerprint
+from qwen_longctx.kv.host import HostStore
+from qwen_longctx.kv.pinned import free_host_bytes
 from qwen_longctx.kv.sequence import ModelRef, Sequence, Written, origins_of
 from qwen_longctx.kv.store import STEP, Store
 from qwen_longctx.ops.device import device_of
@@ -350,7 +352,7 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
     shape, dtype = Shape.of(base.config), {str(dtype): dtype for dtype in _DTYPES}[about["dtype"]]
     forms = cache.layer_class_to_replicate().store.forms(shape.kv_heads, shape.head_dim, dtype)
     cells = about["rows"], about["length"]
-    jobs = []
+    mapped, stores = [], []
     for number in range(about["layers"]):
         names = [_name(number, part) for part in forms]
         held = [
@@ -369,7 +371,14 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
                 f"the prefix in {path.parent} does not fit on {device}: keys and values of a layer take {size:,} "
                 f"bytes, and layer {number} found no room. Free memory there, or spread the model over several devices"
             ) from error
-        jobs += list(zip(names, held, store.parts(about["length"]), strict=True))
+        mapped.append((names, held))
+        stores.append(store)
+    _check_host(stores, about, path)
+    jobs = [
+        job
+        for (names, held), store in zip(mapped, stores, strict=True)
+        for job in zip(names, held, store.parts(about["length"]), strict=True)
+    ]
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
     try:
         found = pool.map(lambda job: _crc_of(job[1], job[2]), jobs)
@@ -379,6 +388,18 @@ def _fill(cache: Any, file: Any, about: dict[str, Any], base: Any, path: Path) -
         pool.shutdown(cancel_futures=True)
     for layer in cache.layers:
         layer.store.length = about["length"]
+
+
+def _check_host(stores: list[Any], about: dict[str, Any], path: Path) -> None:
+    """Refuse a prefix whose keys and values the host's memory cannot hold, before any of it is taken."""
+    needed = sum(store.missing_bytes(about["length"]) for store in stores if isinstance(store, HostStore))
+    free = free_host_bytes() if needed else None
+    if free is not None and needed > free:
+        raise DoesNotFit(
+            f"the prefix in {path.parent} needs {needed:,} bytes of host memory for keys and values of "
+            f"{about['rows']} x {about['length']:,} tokens, and {free:,} are free. Free memory, or load it to the "
+            'device: patch_qwen(model, kv_cache="device")'
+        )
 
 
 def allocated(cache: Any, number: int, shape: Shape, dtype: torch.dtype, rows: int, device: torch.device) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import AUTO_KV_CACHES, LongContextConfig
 from qwen_longctx.errors import DoesNotFit, InvalidValue
 from qwen_longctx.kv.host import STAGED
+from qwen_longctx.kv.pinned import free_host_bytes
 from qwen_longctx.ops import eight_bit
 from qwen_longctx.prefill.peak import Peak, Prefill
 from qwen_longctx.prefill.weights import Weights, weights_of
@@ -20,10 +20,6 @@ from qwen_longctx.prefill.weights import Weights, weights_of
 GIB = 1 << 30
 _SMALLEST_CHUNK = 1024  # tokens; smaller chunks save nothing that counts beside the KV cache
 _KINDS_IN_WORDS = {"int8": "keys and values in 8 bits", "host": "keys and values on the host"}
-_CONTAINERS = (  # of both versions of control groups: folder, limit, what is used, and what of it is idle
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 @dataclass(frozen=True)
@@ -193,33 +189,6 @@ def free_bytes(device: torch.device) -> int | None:
     reserved = torch.cuda.memory_reserved(index)
     allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total) - reserved
     return min(free, allowed) + reserved - torch.cuda.memory_allocated(index)
-
-
-def free_host_bytes() -> int | None:
-    """Bytes that this process can take of the host's memory; None where the system does not tell, as outside of Linux.
-
-    A container may have less than the machine.
-    """
-    free = [_of_meminfo(), *(_of_container(*names) for names in _CONTAINERS)]
-    return min((size for size in free if size is not None), default=None)
-
-
-def _of_meminfo() -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _of_container(folder: str, limit: str, used: str, idle: str) -> int | None:
-    """What a control group leaves: files that it has read and does not need count as free."""
-    try:
-        most = int((Path(folder) / limit).read_text())
-        idle_bytes = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())[idle]
-        return max(0, most - int((Path(folder) / used).read_text()) + int(idle_bytes))
-    except (OSError, KeyError, ValueError):  # no limit is called "max"
-        return None
 
 
 def check_host_fits(shape: Shape, need: Need, settings: LongContextConfig) -> None:

@@ -169,7 +169,7 @@ class Prefill:
 
     def _means(self) -> int:
         """Bytes of the means of keys of all layers."""
-        share, keys = self.settings.sparse_decode, self.tokens * self.batch
+        share, keys = self.settings.share_decoded(self.tokens), self.tokens * self.batch
         prefill = keys * MEANS_A_BLOCK // self.settings.tile if self.rule == "block_scores" else 0
         decode = 0 if share is None or blocks_kept(share, self.tokens) is None else keys // MEAN
         each = self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.dtype.itemsize
