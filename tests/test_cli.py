@@ -15,7 +15,7 @@ from qwen_longctx import cli
 from qwen_longctx.bench import simulation
 from qwen_longctx.bench.breakdown import Breakdown
 from qwen_longctx.bench.limit import limit_memory
-from qwen_longctx.bench.shapes import NAMES, model_config, random_model
+from qwen_longctx.bench.shapes import NAMES, TRAINED, model_config, random_model
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.cli import bench as cli_bench
 from qwen_longctx.errors import InvalidValue
@@ -130,9 +130,25 @@ def test_bench_memory(tmp_path, capsys):
     assert row["kv_cache"] == "fp8" and row["sparse"] == "block_scores"
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_bench_train(method, tmp_path):
+    """Steps of the Trainer and ours, with and without activations on the host."""
+    pytest.importorskip("peft")
+    output = tmp_path / "bench.json"
+    command = ["bench", "train", "--tiny", "--lengths", "96", "--stock-lengths", "64", "--method", method]
+    assert main([*command, "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["by"], row["tokens"], row.get("offload")) for row in rows] == [
+        ("ours", 96, False),
+        ("ours", 96, True),
+        ("Trainer", 64, None),
+    ]
+    assert all(row["tokens_per_second"] > 0 and row["tflops_per_second"] > 0 for row in rows)
+
+
 def test_shapes_of_the_benches():
     """What the command line names is what the benches know, with the sizes of the published checkpoints."""
-    assert cli_bench.SHAPES == NAMES
+    assert cli_bench.SHAPES == NAMES and cli_bench.TRAINED == TRAINED
     config = model_config(shape="qwen2.5-14b")
     sizes = config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     assert (*sizes, config.intermediate_size) == (5120, 48, 40, 8, 13824)

@@ -341,7 +341,12 @@ REQUESTS = [
     ),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
-    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm"),
+    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm and train"),
+    (
+        ["bench", "speed", "--tiny", "--shape", "qwen2.5-0.5b"],
+        "--shape of bench speed is one of qwen2.5-7b, qwen2.5-14b",
+    ),
+    (["bench", "train", "--tiny", "--train-kernel", "fast"], "kernel must be auto or one of fa4"),
 ]
 REQUESTS += [
     (["bench", "simulation"], "give --from-results with files of bench speed"),

@@ -8,6 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_longctx.shapes import known_config
 
 NAMES = ("qwen2.5-7b", "qwen2.5-14b")  # of which the measurements take the 1M checkpoints
+TRAINED = ("qwen2.5-0.5b", "qwen2.5-7b")  # that training is measured on
 _TOY = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -41,6 +42,11 @@ def random_model(
     return random_weights(model_config(tiny, layers, shape), device, own)
 
 
+def train_config(tiny: bool = False, shape: str = TRAINED[0]) -> Qwen2Config:
+    """Config of the plain checkpoint of a shape, from which training starts, or of a toy."""
+    return known_config(shape, **(_TOY if tiny else {}))
+
+
 def random_weights(config: Qwen2Config, device: torch.device, own: range | None = None) -> Qwen2ForCausalLM:
     """A model of normal random weights (standard deviation 0.02), bf16, made on `device`.
 
@@ -52,6 +58,7 @@ def random_weights(config: Qwen2Config, device: torch.device, own: range | None 
     ends = [base.embed_tokens, base.norm, model.lm_head]
     for part in [model] if own is None else [*ends, *base.layers[own.start : own.stop]]:
         part.to_empty(device=device)
+    model.tie_weights()  # which have parted on the way
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_longctx.cli import bench, calibrate, demo, doctor, passkey, plan, plot, quality, serve
+from qwen_longctx.cli import bench, calibrate, demo, doctor, passkey, plan, plot, quality, serve, train
 from qwen_longctx.cli import eval as evaluation
 from qwen_longctx.errors import Refused
 
 __all__ = ["BUNDLED", "main"]
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "tiny-qwen2"
-_COMMANDS = (demo, passkey, quality, evaluation, plot, calibrate, bench, plan, doctor, serve)
+_COMMANDS = (demo, passkey, quality, evaluation, plot, calibrate, train, bench, plan, doctor, serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,9 @@ from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_l
 from qwen_longctx.config import KV_CACHES, LINEAR
 from qwen_longctx.errors import InvalidValue, Unsupported
 
-_TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B"}
-SHAPES = tuple(_TITLES)  # see bench.shapes.NAMES, which imports torch
+_TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B", "qwen2.5-0.5b": "Qwen2.5-0.5B"}
+SHAPES = ("qwen2.5-7b", "qwen2.5-14b")  # see bench.shapes.NAMES, which imports torch
+TRAINED = ("qwen2.5-0.5b", "qwen2.5-7b")  # see bench.shapes.TRAINED
 _OPTIONS = {
     "density": ("speed", "vllm", "pipeline", "ranks"),
     "dense_layers": ("speed",),
@@ -19,7 +20,7 @@ _OPTIONS = {
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
     "kv_cache": ("speed", "decode", "memory", "pipeline"),
-    "shape": ("speed", "memory", "vllm", "pipeline", "ranks"),
+    "shape": ("speed", "memory", "vllm", "pipeline", "ranks", "train"),
     "memory_limit": ("speed", "memory"),
     "prefill_chunk_size": ("speed", "vllm", "pipeline", "ranks"),
     "sparse_only": ("speed", "pipeline"),
@@ -27,6 +28,9 @@ _OPTIONS = {
     "ways": ("pipeline",),
     "timeline": ("pipeline",),
     "from_results": ("simulation",),
+    "method": ("train",),
+    "train_kernel": ("train",),
+    "stock_lengths": ("train",),
 }
 _WITHOUT_A_GPU = ("simulation",)
 _WAYS = ("one", "off", "equal", "auto", "measured")  # see bench.pipeline.WAYS, which imports torch
@@ -38,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=[
             *("attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory", "vllm"),
-            *("pipeline", "ranks", "simulation"),
+            *("pipeline", "ranks", "simulation", "train"),
         ],
         help="what to measure",
     )
@@ -60,8 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache", choices=KV_CACHES, help="speed, decode, memory, pipeline: how our cache is held")
     parser.add_argument(
         "--shape",
-        choices=SHAPES,
-        help=f"speed, memory, vllm, pipeline, ranks: shape of the model, {SHAPES[0]} by default",
+        choices=tuple(_TITLES),
+        help=f"speed, memory, vllm, pipeline, ranks: shape of the model, {SHAPES[0]} by default; "
+        f"train: {TRAINED[0]} by default",
+    )
+    parser.add_argument("--method", choices=("full", "lora"), help="train: what learns, full by default")
+    parser.add_argument("--train-kernel", metavar="KERNEL", help="train: kernel of attention, the fastest by default")
+    parser.add_argument(
+        "--stock-lengths",
+        type=at_least_zero,
+        nargs="+",
+        metavar="TOKENS",
+        help="train: lengths of the Trainer; 0 is none",
     )
     parser.add_argument(
         "--memory-limit",
@@ -116,13 +130,15 @@ def run(args: argparse.Namespace) -> None:
         raise Unsupported("bench mlp reads CUDA's memory statistics: run it on a machine with a CUDA device")
     if args.output is not None:
         check_writable(args.output)
-    shape, limit = args.shape or SHAPES[0], options.pop("memory_limit", None)
+    shape, limit = _shape(args), options.pop("memory_limit", None)
     if limit is not None:
         limit_memory(limit, device)
     module = import_module(f"qwen_longctx.bench.{args.what}")
     lengths = args.lengths or list(module.LENGTHS)
     layers = 1 if args.what in ("attention", "mlp", "linear") else None
-    if args.what not in _WITHOUT_A_GPU:
+    if args.what == "train":
+        options = _of_train(options)
+    elif args.what not in _WITHOUT_A_GPU:
         check_room(model_config(args.tiny, layers, shape), lengths, "bfloat16")
     done: list[dict[str, Any]] = []
     for row in module.measure(lengths, device, args.tiny, **options):
@@ -132,3 +148,20 @@ def run(args: argparse.Namespace) -> None:
             limited = {} if limit is None else {"memory_limit_bytes": limit}
             about = {} if args.what in _WITHOUT_A_GPU else {"shape": "tiny" if args.tiny else _TITLES[shape]}
             write_results(args.output, {**about, **limited, "rows": done})
+
+
+def _shape(args: argparse.Namespace) -> str:
+    """The shape that is asked for, of those that a measurement knows."""
+    known = TRAINED if args.what == "train" else SHAPES
+    if args.shape is not None and args.shape not in known:
+        raise InvalidValue(f"--shape of bench {args.what} is one of {', '.join(known)}, got {args.shape}")
+    return args.shape or known[0]
+
+
+def _of_train(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as `bench.train.measure` names them."""
+    if "train_kernel" in options:
+        options["kernel"] = options.pop("train_kernel")
+    if "stock_lengths" in options:
+        options["stock_lengths"] = [length for length in options["stock_lengths"] if length]
+    return options

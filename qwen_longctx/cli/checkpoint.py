@@ -29,7 +29,7 @@ def load_config(name: str, any_model: bool = False, revision: str | None = None)
     """
     from transformers import AutoConfig
 
-    with _reading("config", name):
+    with reading("config", name):
         config = AutoConfig.from_pretrained(name, revision=revision)
     if not any_model and not _is_qwen(config):
         known = ", ".join(_families())
@@ -60,7 +60,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _reading("tokenizer", name):
+    with reading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         encoded = tokenizer("The grass is green.", add_special_tokens=False).input_ids
     if not encoded:  # transformers 5 makes an empty one where there are no files
@@ -81,7 +81,7 @@ def load_model(args: argparse.Namespace, revision: str | None = None) -> Any:
 
     if args.device_map == "meta":
         raise InvalidValue("--device-map meta loads no weights: name a device that holds them, or auto")
-    with _reading("weights", args.model):
+    with reading("weights", args.model):
         model, info = AutoModelForCausalLM.from_pretrained(
             args.model,
             revision=revision,
@@ -134,7 +134,7 @@ def _memory_of_the_machine() -> int:
 
 
 @contextmanager
-def _reading(what: str, name: str) -> Iterator[None]:
+def reading(what: str, name: str) -> Iterator[None]:
     """Tell in one line what transformers says about files of the user's: anything may be in them, and go wrong."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Train the bundled checkpoint, the way Qwen2.5-1M was: growing lengths, the rotary base raised at each.
 
-    python -m qwen_longctx.training.tiny --output qwen_longctx/assets/tiny-qwen2 --device cuda
+    python benchmarks/tiny_qwen2/make.py --output qwen_longctx/assets/tiny-qwen2 --device cuda
 
 The model is a Qwen2 of 3 million parameters with a tokenizer of its own. It learns to recall numbers that a text of
 at most 256 tokens gave names to, with plain rotary attention; longer texts it never sees (Qwen2.5-1M report, section
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recall import Recall, train_tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -30,7 +31,6 @@ from transformers.utils import logging as transformers_logging
 from qwen_longctx import patched_qwen
 from qwen_longctx.evaluation.environment import environment
 from qwen_longctx.evaluation.passkey import accuracy, evaluate
-from qwen_longctx.training.texts import Recall, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
