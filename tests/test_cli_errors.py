@@ -341,7 +341,7 @@ REQUESTS = [
     ),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),
-    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm and train"),
+    (["bench", "stock", "--shape", "qwen2.5-14b"], "--shape is an option of bench speed and memory and vllm"),
     (
         ["bench", "speed", "--tiny", "--shape", "qwen2.5-0.5b"],
         "--shape of bench speed is one of qwen2.5-7b, qwen2.5-14b",
