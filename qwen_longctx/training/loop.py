@@ -257,8 +257,8 @@ class _Run:
         begin = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        mine = sum(int((one.labels != IGNORED).sum()) for one in sequences)
-        counted = self.ranks.total(mine, self.device)
+        own = sum(int((one.labels != IGNORED).sum()) for one in sequences)
+        counted = self.ranks.total(own, self.device)
         if not counted:
             raise InvalidValue(
                 f"no token of step {self.step} counts in the loss, which in conversations is that of answers: take "
