@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import qwen_longctx.evaluation.calibrate as module
 from helpers import tiny_model
 from qwen_longctx import LongContextCache, files, patched_qwen
-from qwen_longctx.checkpoint import Heads
+from qwen_longctx.checkpoint import Shape
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import InvalidType, InvalidValue, Refused, Unsupported
 from qwen_longctx.evaluation.calibrate import Steps, calibrate, check
@@ -268,8 +268,8 @@ def test_numbers_of_numpy(tmp_path):
 
 def test_a_part_of_the_heads_is_refused(tmp_path, monkeypatch):
     """Each process would raise the budgets of its own heads, and write them as those of the first."""
-    monkeypatch.setattr(module, "local_heads", lambda model: Heads(2, 1, 2))
-    with pytest.raises(Unsupported, match="calibrate needs all heads in one process"):
+    monkeypatch.setattr(module, "local_shape", lambda model: Shape.of(model.config, 2))
+    with pytest.raises(Unsupported, match="calibrate needs all heads and layers in one process"):
         calibrate(long_model(), [text(400)], FEW, tmp_path / "x.json", **HOW)
 
 
