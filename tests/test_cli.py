@@ -171,6 +171,34 @@ def test_a_limit_of_memory():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_ranks(tmp_path):
+    """Every way to cut chunks says the same, and a rank that is killed ends the other."""
+    output = tmp_path / "bench.json"
+    command = ["bench", "ranks", "--tiny", "--lengths", "900", "--prefill-chunk-size", "200"]
+    assert main([*command, "--output", str(output)]) == 0
+    *rows, killed = json.loads(output.read_text())["rows"]
+    assert [row["pipeline"] for row in rows] == ["auto", "equal", "measured", "off"]
+    assert all(row["seconds"] > 0 and row["ranks"] == 2 and row["difference"] < 0.02 for row in rows)
+    assert killed["killed_rank"] == 1 and killed["all_ended"] and killed["seconds_until_the_error"] < 30
+    assert "rank 1" in killed["error"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
+def test_bench_tensor_parallel(tmp_path):
+    """One process, then two, which say the same; dense up to a length."""
+    output = tmp_path / "bench.json"
+    command = ["bench", "tensor-parallel", "--tiny", "--lengths", "300", "500", "--whole-up-to", "400"]
+    assert main([*command, "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    asked = [(300, "off"), (300, "block_scores"), (500, "block_scores")]
+    assert [(row["tokens"], row["attention"]) for row in rows] == 2 * asked
+    assert [row["processes"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    for row in rows[3:]:
+        assert row["same_tokens"] >= 1  # later ones may part where rounding decides
+        assert row["difference"] < 0.02 and min(row["times_as_fast"], row["times_as_fast_decode"]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a toy on the CPU")
 def test_bench_start(tmp_path):
     """Three processes, of which the third is warmed up; the user's own cache folders are left alone."""
     output = tmp_path / "bench.json"

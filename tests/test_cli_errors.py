@@ -337,7 +337,7 @@ REQUESTS = [
     (["calibrate", *B, "--lengths", "900", "191", "--output", "never_written.json"], "at least 192 tokens"),
     (
         ["bench", "stock", "--density", "0.5"],
-        "option of bench speed and vllm and pipeline and ranks, got bench stock: leave it out",
+        "option of bench speed and vllm and pipeline and ranks and tensor-parallel, got bench stock: leave it out",
     ),
     (["bench", "headline", "--whole-up-to", "0"], "--whole-up-to is an option of bench speed"),
     (["bench", "decode", "--memory-limit", "24GB"], "--memory-limit is an option of bench speed and memory"),

@@ -9,13 +9,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ import torch
 from torch import distributed as dist
 
 from qwen_longctx import LongContextCache, patched_qwen, pipeline_parallel
+from qwen_longctx.bench.processes import LIMIT, say, started
 from qwen_longctx.bench.shapes import NAMES, model_config, random_model
 from qwen_longctx.config import PIPELINES
 from qwen_longctx.errors import InvalidValue, RankFailed
@@ -32,7 +29,6 @@ LENGTHS = (262144, 1_000_000)
 _CHUNK = 32768
 _NEW_TOKENS = 16
 _ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
-_LIMIT = 60.0  # seconds in which the other ranks must have ended
 _AT_CHUNK = 3  # in which a rank is killed
 
 
@@ -76,50 +72,23 @@ def measure(
 
 def _ranks(spec: dict[str, Any], ranks: int) -> Iterator[dict[str, Any]]:
     """What rank 0 says, a row each; in the end all ranks have ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", __name__, json.dumps(spec), folder]
-        processes = [
-            subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, stdout=subprocess.DEVNULL)
-            for rank in range(ranks)
-        ]
-        try:
-            yield from _rows(Path(folder, "rows"), processes[0])
-            if "kill" in spec:
-                yield _ends(processes, spec["kill"], Path(folder))
-        finally:
-            for process in processes:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_LIMIT)
-                process.kill()
-    if "kill" not in spec and any(process.returncode for process in processes):
-        raise RankFailed(f"the ranks ended with {[process.returncode for process in processes]}: see what they printed")
+    with started(__name__, spec, ranks) as processes:
+        yield from processes.rows()
+        codes = processes.wait()
+        if "kill" in spec:
+            yield _ends(codes, spec["kill"], processes.folder)
+        elif any(codes):
+            raise RankFailed(f"the ranks ended with {codes}: see what they printed")
 
 
-def _rows(path: Path, first: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
-    """Rows as they come."""
-    told, ended = 0, False
-    while not ended:
-        ended = first.poll() is not None
-        lines = path.read_text().splitlines() if path.exists() else []
-        yield from map(json.loads, lines[told:])
-        told = len(lines)
-        time.sleep(0.05)
-
-
-def _ends(processes: list[subprocess.Popen[bytes]], killed: int, folder: Path) -> dict[str, Any]:
+def _ends(codes: list[int | None], killed: int, folder: Path) -> dict[str, Any]:
     """How the others took it that a rank was killed."""
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_LIMIT)
     said = [json.loads(path.read_text()) for path in sorted(folder.glob("failed.*"))]
     return {
         "killed_rank": killed,
         "error": said[0]["error"] if said else "none",
-        "seconds_until_the_error": round(max((one["seconds"] for one in said), default=_LIMIT), 2),
-        "all_ended": all(process.poll() is not None for process in processes),
+        "seconds_until_the_error": round(max((one["seconds"] for one in said), default=LIMIT), 2),
+        "all_ended": None not in codes,
     }
 
 
@@ -147,8 +116,7 @@ def _rank(spec: dict[str, Any], folder: Path) -> None:
         for length in spec["lengths"]:
             for row in _of_length(model, spec, length, device):
                 if rank == 0:
-                    with (folder / "rows").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    say(folder, row)
     dist.destroy_process_group()
 
 

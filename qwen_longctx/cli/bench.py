@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from qwen_longctx.cli.options import add_lengths, add_output, at_least_one, at_least_zero, share, size_of_memory
@@ -14,13 +15,14 @@ _TITLES = {"qwen2.5-7b": "Qwen2.5-7B", "qwen2.5-14b": "Qwen2.5-14B", "qwen2.5-0.
 SHAPES = ("qwen2.5-7b", "qwen2.5-14b")  # see bench.shapes.NAMES, which imports torch
 TRAINED = ("qwen2.5-0.5b", "qwen2.5-7b")  # see bench.shapes.TRAINED
 _OPTIONS = {
-    "density": ("speed", "vllm", "pipeline", "ranks"),
+    "density": ("speed", "vllm", "pipeline", "ranks", "tensor-parallel"),
     "dense_layers": ("speed",),
-    "whole_up_to": ("speed", "decode", "vllm"),
+    "whole_up_to": ("speed", "decode", "vllm", "tensor-parallel"),
     "sparse_decode": ("decode",),
     "linear": ("speed", "headline", "memory"),
     "kv_cache": ("speed", "decode", "memory", "pipeline"),
-    "shape": ("speed", "memory", "vllm", "pipeline", "ranks", "train"),
+    "shape": ("speed", "memory", "vllm", "pipeline", "ranks", "tensor-parallel", "train"),
+    "model": ("tensor-parallel",),
     "memory_limit": ("speed", "memory"),
     "prefill_chunk_size": ("speed", "vllm", "pipeline", "ranks"),
     "sparse_only": ("speed", "pipeline"),
@@ -42,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=[
             *("attention", "stock", "mlp", "linear", "headline", "speed", "decode", "start", "memory", "vllm"),
-            *("pipeline", "ranks", "simulation", "train"),
+            *("pipeline", "ranks", "tensor-parallel", "simulation", "train"),
         ],
         help="what to measure",
     )
     add_lengths(parser, "tokens of the prompts", required=False)
-    parser.add_argument("--density", type=share, help="speed, vllm, pipeline, ranks: share of the blocks kept")
+    parser.add_argument(
+        "--density", type=share, help="speed, vllm, pipeline, ranks, tensor-parallel: share of the blocks kept"
+    )
     parser.add_argument(
         "--dense-layers",
         type=at_least_one,
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole-up-to",
         type=at_least_zero,
         help="speed: longest stock run, and dense run as it is; decode: longest stock run; 131072 by default. vllm: "
-        "longest dense run, 524288 by default",
+        "longest dense run, 524288 by default; tensor-parallel: the same, 262144",
     )
     parser.add_argument("--sparse-decode", type=share, help="decode: also with this share of the keys")
     parser.add_argument("--linear", choices=LINEAR, help="speed, headline, memory: what the linear layers compute in")
@@ -65,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         choices=tuple(_TITLES),
-        help=f"speed, memory, vllm, pipeline, ranks: shape of the model, {SHAPES[0]} by default; "
+        help=f"speed, memory, vllm, pipeline, ranks, tensor-parallel: shape of the model, {SHAPES[0]} by default; "
         f"train: {TRAINED[0]} by default",
     )
+    parser.add_argument("--model", type=Path, help="tensor-parallel: folder of a checkpoint, in place of a shape")
     parser.add_argument("--method", choices=("full", "lora"), help="train: what learns, full by default")
     parser.add_argument("--train-kernel", metavar="KERNEL", help="train: kernel of attention, the fastest by default")
     parser.add_argument(
@@ -133,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     shape, limit = _shape(args), options.pop("memory_limit", None)
     if limit is not None:
         limit_memory(limit, device)
-    module = import_module(f"qwen_longctx.bench.{args.what}")
+    module = import_module(f"qwen_longctx.bench.{args.what.replace('-', '_')}")
     lengths = args.lengths or list(module.LENGTHS)
     layers = 1 if args.what in ("attention", "mlp", "linear") else None
     if args.what == "train":
@@ -147,6 +152,8 @@ def run(args: argparse.Namespace) -> None:
         if args.output is not None:
             limited = {} if limit is None else {"memory_limit_bytes": limit}
             about = {} if args.what in _WITHOUT_A_GPU else {"shape": "tiny" if args.tiny else _TITLES[shape]}
+            if args.model is not None:
+                about = {"model": args.model.name}
             write_results(args.output, {**about, **limited, "rows": done})
 
 
