@@ -105,29 +105,34 @@ def _in_chunks(
     logits = []
     outputs: Any = None
     for start, stop in run.chunks():
-        first = start - run.call.cached
-        inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
+        inside = _inside(computed, run, start, stop)
         part, forward = chunk_of(run, arguments, start, stop), Forward(run, start, stop)
         if len(inside) == 0 and stop < run.call.end:
             model.model(**part, dual_chunk_forward=forward)
             continue
-        outputs = patched.call(
-            model, **part, logits_to_keep=_keep(inside - first, stop - start), dual_chunk_forward=forward
-        )
+        outputs = patched.call(model, **part, logits_to_keep=_keep(inside, stop - start), dual_chunk_forward=forward)
         if len(inside):
             logits.append(outputs.logits)
     every = torch.cat(logits, dim=1) if logits else outputs.logits[:, :0]
     fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
-    if labels is not None:
-        fields["loss"] = _loss(patched, model, every, labels, arguments)
+    fields |= _loss(patched, model, every, labels, arguments)
     return with_fields(outputs, wants_dict, wants_cache, **fields)
 
 
+def _inside(computed: torch.Tensor, run: Run, start: int, stop: int) -> torch.Tensor:
+    """Which of the logits to compute, by ascending numbers within the call, are of a chunk; by numbers within that."""
+    first, end = start - run.call.cached, stop - run.call.cached
+    return computed[(computed >= first) & (computed < end)] - first
+
+
 def _loss(
-    patched: PatchedMethod, model: Any, logits: torch.Tensor, labels: torch.Tensor, arguments: dict[str, Any]
-) -> torch.Tensor:
+    patched: PatchedMethod, model: Any, logits: torch.Tensor, labels: torch.Tensor | None, arguments: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The loss as a field of the outputs, if there are labels."""
+    if labels is None:
+        return {}
     beside = {name: value for name, value in arguments.items() if name not in (*patched.names, OLD_NAME)}
-    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **beside)
+    return {"loss": model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **beside)}
 
 
 def _over_stages(
@@ -153,15 +158,13 @@ def _over_stages(
         with run.committed():
             logits = []
             for start, stop, hidden in over_stages(patched, base, run, arguments, stage, call):
-                first = start - run.call.cached
-                inside = computed[(computed >= first) & (computed < stop - run.call.cached)]
+                inside = _inside(computed, run, start, stop)
                 if hidden is not None and (len(inside) or (stop == run.call.end and not logits)):
                     with torch.no_grad():
-                        logits.append(model.lm_head(_stock_slice(hidden, _keep(inside - first, stop - start))))
+                        logits.append(model.lm_head(_stock_slice(hidden, _keep(inside, stop - start))))
             every = call.share(torch.cat(logits, dim=1) if logits else None)[:, : len(computed)]
     fields = {"logits": _pick(every, rows, torch.searchsorted(computed, tokens))}
-    if labels is not None:
-        fields["loss"] = _loss(patched, model, every, labels, arguments)
+    fields |= _loss(patched, model, every, labels, arguments)
     return with_fields(stages.outputs(model, "CausalLM", run.cache), wants_dict, wants_cache, **fields)
 
 

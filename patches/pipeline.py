@@ -21,7 +21,7 @@ from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches import base_of
 from qwen_longctx.patches.runs import changing
 from qwen_longctx.prefill.link import connect
-from qwen_longctx.stage import Stage, set_stage, stage_of
+from qwen_longctx.stage import Stage, even_shares, set_stage, stage_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,11 @@ def _check_timeout(timeout: Any) -> None:
 
 
 def _counts(layers: Any, total: int, ranks: int) -> list[int]:
-    """Layers of every rank, in order; the first ranks have one more where they cannot be divided evenly."""
+    """Layers of every rank, in order: those asked for, or as even as can be."""
     if layers is None:
         if total < ranks:
             raise InvalidValue(f"{total} layers cannot be divided among {ranks} ranks: start {total} processes at most")
-        return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
+        return even_shares(total, ranks)
     if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
         raise InvalidType(f"layers must be a list, how many each rank runs, got {layers!r:.60}")
     if any(isinstance(one, bool) or not isinstance(one, numbers.Integral) for one in layers):

@@ -14,7 +14,7 @@ from qwen_longctx.kv.sequence import sequence_of
 from qwen_longctx.prefill.link import IN_FLIGHT
 from qwen_longctx.prefill.pipeline import Pipeline, most_under_way, stages_of, why_not
 from qwen_longctx.prefill.run import Run
-from qwen_longctx.prefill.schedule import Schedule, cost_of
+from qwen_longctx.prefill.schedule import planned
 from qwen_longctx.stage import stage_of
 
 
@@ -42,12 +42,8 @@ def pipelined(base: Any, run: Run, picked: bool = False) -> Run:
     if reason:
         state.pipeline = {"stages": 1, "why_not": reason}
         return run
-    kind, settings = run.settings.pipeline, run.settings
-    cost = None
-    if kind != "equal":
-        cost = cost_of(local_shape(base), settings, None if run.sparse is None else run.sparse.name)
-    size = settings.prefill_chunk_size
-    schedule = Schedule(run.call.cached, run.call.end, size, len(stages), cost, fitted=kind == "measured")
+    rule = None if run.sparse is None else run.sparse.name
+    schedule = planned(run.call.cached, run.call.end, run.settings, local_shape(base), len(stages), rule)
     sparse = None if run.sparse is None else replace(run.sparse, ahead=True)
     run = replace(run, sparse=sparse, pipeline=Pipeline(layers, stages, schedule))
     state.pipeline = {

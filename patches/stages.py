@@ -20,12 +20,16 @@ from qwen_longctx.ops.device import device_of
 from qwen_longctx.patches.method import cache_argument
 from qwen_longctx.prefill.link import IN_FLIGHT, LinkedCall
 from qwen_longctx.prefill.run import Run, bar
-from qwen_longctx.prefill.schedule import Schedule, cost_of
+from qwen_longctx.prefill.schedule import planned
 from qwen_longctx.stage import Stage, own_layers
 
 REFUSED = {  # options of generate that ranks would answer each for itself, and what to do instead
     "assistant_model": "each rank would make drafts for itself: leave it out",
     "max_time": "ranks would stop at different tokens: give max_new_tokens",
+}
+_OUTPUTS = {  # of dense models, and of mixtures of experts
+    "CausalLM": ("CausalLMOutputWithPast", "MoeCausalLMOutputWithPast"),
+    "Base": ("BaseModelOutputWithPast", "MoeModelOutputWithPast"),
 }
 
 
@@ -120,14 +124,11 @@ def chunks(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tupl
 
 def _cuts(base: Any, run: Run, stage: Stage, call: LinkedCall) -> Iterator[tuple[int, int]]:
     """The chunks that the first rank cuts, measured if the settings ask for that."""
-    kind, size = run.settings.pipeline, run.settings.prefill_chunk_size
-    cost = None
-    if kind in ("auto", "measured"):
-        cost = cost_of(Shape.of(base.config), run.settings, None if run.sparse is None else run.sparse.name)
-    count, fitted = (1 if cost is None else stage.ranks), kind == "measured"
-    schedule = Schedule(run.call.cached, run.call.end, size, count, cost, fitted=fitted)
+    rule = None if run.sparse is None else run.sparse.name
+    schedule = planned(run.call.cached, run.call.end, run.settings, Shape.of(base.config), stage.ranks, rule)
+    fitted = schedule.fitted
     marks: deque[tuple[int, int, Any, Any]] = deque()
-    with bar(run.tokens, hidden=run.tokens <= size) as shown:
+    with bar(run.tokens, hidden=run.tokens <= schedule.size) as shown:
         for start, stop in schedule:
             begin = _mark(call.device) if fitted else None
             yield start, stop
@@ -161,17 +162,10 @@ def _seconds(first: Any, last: Any) -> float | None:
     return first.elapsed_time(last) / 1000 if last.query() else None
 
 
-def outputs(model: Any, name: str, cache: Any, **fields: Any) -> Any:
-    """The outputs of a model as its class hands them out: `name` is "CausalLM" or "Base"."""
-    if hasattr(model.config, "num_experts"):
-        name = {"CausalLM": "MoeCausalLM", "Base": "Moe"}[name]
-    kind = {
-        "CausalLM": "CausalLMOutputWithPast",
-        "MoeCausalLM": "MoeCausalLMOutputWithPast",
-        "Base": "BaseModelOutputWithPast",
-        "Moe": "MoeModelOutputWithPast",
-    }[name]
-    return getattr(modeling_outputs, kind)(**cache_argument(cache), **fields)
+def outputs(model: Any, name: str, cache: Any) -> Any:
+    """The outputs of a model as its class hands them out, with nothing but the cache: a `name` of `_OUTPUTS`."""
+    kind = _OUTPUTS[name][hasattr(model.config, "num_experts")]
+    return getattr(modeling_outputs, kind)(**cache_argument(cache))
 
 
 # --- generate -----------------------------------------------------------------------------------------------------

@@ -59,6 +59,11 @@ def set_stage(base: Any, stage: Stage | None) -> Stage | None:
     return before
 
 
+def even_shares(layers: int, ranks: int) -> list[int]:
+    """Layers of every rank, in order; the first ranks have one more where they cannot be divided evenly."""
+    return [layers // ranks + (rank < layers % ranks) for rank in range(ranks)]
+
+
 def layer_count(base: Any) -> int:
     """How many layers of a base model this process runs."""
     stage = stage_of(base)

@@ -134,7 +134,7 @@ def test_any_cuts_give_the_same_logits(cuts, padded, stages):
             return [stop for stop in ends if stop > start]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelined, "Schedule", Drawn)
+        patch.setattr(schedule, "Schedule", Drawn)
         found, cache = logits(model, prompt(300, 2), attention_mask=mask)
     assert [stop for _, stop in cache.report()["pipeline"]["chunks"]] == ends
     patch_qwen(model, prefill_chunk_size=300, sparse="off")

@@ -12,8 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from qwen_longctx import LongContextCache, patched_qwen
-from qwen_longctx.bench.shapes import NAMES, random_model
-from qwen_longctx.bench.simulation import HOST, simulated
+from qwen_longctx.bench.shapes import NAMES, random_model, random_prompt
+from qwen_longctx.bench.simulation import HOST, part, simulated
 from qwen_longctx.bench.speed import DENSE, check_lengths, sparse_settings
 from qwen_longctx.bench.timing import timed
 from qwen_longctx.checkpoint import local_shape
@@ -92,7 +92,7 @@ def measure(
         if way != "one" and not spread:
             model, spread = _spread(model, cards, device), True
         for length in lengths:
-            ids = torch.randint(1, model.config.vocab_size, (1, length), generator=_seeded(length)).to(device)
+            ids = random_prompt(length, model.config.vocab_size).to(device)
             for kind in kinds:
                 given = {**kind, "kv_cache": kv_cache, "prefill_chunk_size": size}
                 given["pipeline"] = "off" if way == "one" else way
@@ -119,10 +119,6 @@ class _Compared:
             "largest_difference": float((wanted - logits).abs().max()),
             "largest_logit": float(wanted.abs().max()),
         }
-
-
-def _seeded(length: int) -> torch.Generator:
-    return torch.Generator().manual_seed(length)
 
 
 def _row(
@@ -207,7 +203,7 @@ def _stand_ins(cards: int, device: torch.device) -> Iterator[None]:
 
     def stages(layers: Any) -> tuple[Stage, ...]:
         number = len(layers)
-        return tuple(Stage(here, number * i // cards, number * (i + 1) // cards) for i in range(cards))
+        return tuple(Stage(here, *part(number, cards, i)) for i in range(cards))
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(pipelined, "stages_of", stages))

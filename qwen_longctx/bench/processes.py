@@ -14,6 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qwen_longctx.errors import InvalidValue, RankFailed
+
 LIMIT = 60.0  # seconds in which processes must have ended behind the last row
 _A_LOOK = 0.05  # seconds
 
@@ -78,6 +82,46 @@ def started(module: str, spec: dict[str, Any], ranks: int) -> Iterator[Processes
             for process in processes:
                 process.kill()
                 process.wait()
+
+
+def rows_of(module: str, spec: dict[str, Any], ranks: int) -> Iterator[dict[str, Any]]:
+    """What rank 0 of `started` ranks says, a row each.
+
+    Raises
+    ------
+    RankFailed
+        One of them ended with an error.
+    """
+    with started(module, spec, ranks) as processes:
+        yield from processes.rows()
+        codes = processes.wait()
+    if any(codes):
+        raise RankFailed(f"{ranks} processes ended with {codes}: see what they printed")
+
+
+def count_ranks(bench: str, device: torch.device) -> int:
+    """Ranks of a measurement: one for each CUDA device, or two on the CPU.
+
+    Raises
+    ------
+    InvalidValue
+        There is one device only.
+    """
+    ranks = torch.cuda.device_count() if device.type == "cuda" else 2
+    if ranks < 2:
+        raise InvalidValue(
+            f"bench {bench} needs two CUDA devices, a process for each, and found 1: add --tiny on a CPU"
+        )
+    return ranks
+
+
+def own_place(kind: str) -> tuple[int, int, torch.device]:
+    """In a rank: its number, how many there are, and its device of that kind, which becomes the current one."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if kind != "cuda":
+        return rank, ranks, torch.device(kind)
+    torch.cuda.set_device(rank)
+    return rank, ranks, torch.device("cuda", rank)
 
 
 def say(folder: Path, row: dict[str, Any]) -> None:

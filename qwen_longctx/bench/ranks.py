@@ -20,15 +20,16 @@ import torch
 from torch import distributed as dist
 
 from qwen_longctx import LongContextCache, patched_qwen, pipeline_parallel
-from qwen_longctx.bench.processes import LIMIT, say, started
-from qwen_longctx.bench.shapes import NAMES, model_config, random_model
+from qwen_longctx.bench.processes import LIMIT, count_ranks, own_place, rows_of, say, started
+from qwen_longctx.bench.shapes import NAMES, model_config, random_model, random_prompt
+from qwen_longctx.bench.speed import DENSE, sparse_settings
 from qwen_longctx.config import PIPELINES
-from qwen_longctx.errors import InvalidValue, RankFailed
+from qwen_longctx.errors import RankFailed
+from qwen_longctx.stage import even_shares
 
 LENGTHS = (262144, 1_000_000)
 _CHUNK = 32768
 _NEW_TOKENS = 16
-_ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
 _AT_CHUNK = 3  # in which a rank is killed
 
 
@@ -59,31 +60,19 @@ def measure(
     prefill_chunk_size : int
         Tokens of the longest chunk.
     """
-    ranks = torch.cuda.device_count() if device.type == "cuda" else 2
-    if ranks < 2:
-        raise InvalidValue("bench ranks needs two CUDA devices, a process for each, and found 1: add --tiny on a CPU")
-    settings: dict[str, Any] = {"sparse": "off", "prefill_chunk_size": prefill_chunk_size}
-    if density is not None:
-        settings |= {"sparse": "block_scores", "density": density, "recall_target": _ANY_RECALL}
+    ranks = count_ranks("ranks", device)
+    settings = DENSE if density is None else sparse_settings(max(lengths), density)
+    settings = {**settings, "prefill_chunk_size": prefill_chunk_size}
     spec = {"device": device.type, "tiny": tiny, "shape": shape, "settings": settings, "lengths": lengths}
-    yield from _ranks(spec, ranks)
-    yield from _ranks({**spec, "lengths": lengths[:1], "kill": ranks - 1}, ranks)
+    yield from rows_of(__name__, spec, ranks)
+    yield _end(spec, ranks, killed=ranks - 1)
 
 
-def _ranks(spec: dict[str, Any], ranks: int) -> Iterator[dict[str, Any]]:
-    """What rank 0 says, a row each; in the end all ranks have ended."""
-    with started(__name__, spec, ranks) as processes:
-        yield from processes.rows()
+def _end(spec: dict[str, Any], ranks: int, killed: int) -> dict[str, Any]:
+    """How the others take it that a rank is killed."""
+    with started(__name__, {**spec, "kill": killed}, ranks) as processes:
         codes = processes.wait()
-        if "kill" in spec:
-            yield _ends(codes, spec["kill"], processes.folder)
-        elif any(codes):
-            raise RankFailed(f"the ranks ended with {codes}: see what they printed")
-
-
-def _ends(codes: list[int | None], killed: int, folder: Path) -> dict[str, Any]:
-    """How the others took it that a rank was killed."""
-    said = [json.loads(path.read_text()) for path in sorted(folder.glob("failed.*"))]
+        said = [json.loads(path.read_text()) for path in sorted(processes.folder.glob("failed.*"))]
     return {
         "killed_rank": killed,
         "error": said[0]["error"] if said else "none",
@@ -96,14 +85,9 @@ def _ends(codes: list[int | None], killed: int, folder: Path) -> dict[str, Any]:
 
 
 def _rank(spec: dict[str, Any], folder: Path) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = spec["device"] == "cuda"
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
-    layers = model_config(spec["tiny"], shape=spec["shape"]).num_hidden_layers
-    counts = [layers // ranks + (one < layers % ranks) for one in range(ranks)]
+    rank, ranks, device = own_place(spec["device"])
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    counts = even_shares(model_config(spec["tiny"], shape=spec["shape"]).num_hidden_layers, ranks)
     first = sum(counts[:rank])
     own = range(first, first + counts[rank])
     model = random_model(device, spec["tiny"], shape=spec["shape"], own=own)
@@ -121,8 +105,7 @@ def _rank(spec: dict[str, Any], folder: Path) -> None:
 
 
 def _prompt(model: Any, length: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(device)
+    return random_prompt(length, model.config.vocab_size).to(device)
 
 
 def _warm_up(model: Any, spec: dict[str, Any], device: torch.device) -> None:

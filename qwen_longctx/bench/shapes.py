@@ -42,6 +42,11 @@ def random_model(
     return random_weights(model_config(tiny, layers, shape), device, own)
 
 
+def random_prompt(length: int, vocabulary: int) -> torch.Tensor:
+    """Random token ids on the host, shape (1, length), int64: of a length and vocabulary always the same."""
+    return torch.randint(1, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
+
+
 def train_config(tiny: bool = False, shape: str = TRAINED[0]) -> Qwen2Config:
     """Config of the plain checkpoint of a shape, from which training starts, or of a toy."""
     return known_config(shape, **(_TOY if tiny else {}))

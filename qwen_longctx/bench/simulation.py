@@ -20,7 +20,7 @@ from qwen_longctx.checkpoint import Shape
 from qwen_longctx.config import LongContextConfig
 from qwen_longctx.errors import InvalidValue, MissingFile
 from qwen_longctx.prefill.pipeline import Stage, most_under_way
-from qwen_longctx.prefill.schedule import Cost, Schedule, cost_of, operations
+from qwen_longctx.prefill.schedule import Cost, operations, planned
 
 LENGTHS = (1_000_000,)
 CARDS = (1, 2, 4, 8)
@@ -131,12 +131,11 @@ def _rows(times: Times, name: str, length: int) -> Iterator[dict[str, Any]]:
     settings = LongContextConfig.from_model_config(
         model_config(shape=name), **({"sparse": "off"} if times.kind == "dense" else {"density": times.density})
     )
-    computed = cost_of(shape, settings, None if times.kind == "dense" else "block_scores")
+    rule = None if times.kind == "dense" else "block_scores"
     alone = 0.0
     for cards in CARDS:
         for cuts in ("off",) if cards == 1 else ("off", "equal", "auto", "measured"):
-            cost = computed if cuts in ("auto", "measured") else None
-            schedule = Schedule(0, length, settings.prefill_chunk_size, cards, cost, fitted=cuts == "measured")
+            schedule = planned(0, length, replace(settings, pipeline=cuts), shape, cards, rule)
             for start, stop in schedule:
                 schedule.measured(start, stop, shape.layers * layer.seconds(start, stop - start))
             chunks = schedule.chunks
@@ -174,7 +173,7 @@ def simulated(
     host queues layer by layer, and is no more than `most_under_way` chunks ahead. Without `at_once` there is one chunk
     under way.
     """
-    stages = [Stage(torch.device("cuda", i), *_part(shape.layers, cards, i)) for i in range(cards)]
+    stages = [Stage(torch.device("cuda", i), *part(shape.layers, cards, i)) for i in range(cards)]
     most = most_under_way(stages) if at_once else 1
     free, done, queued = [0.0] * cards, [0.0] * most, 0.0
     for number, (start, stop) in enumerate(chunks):
@@ -189,6 +188,6 @@ def simulated(
     return free[-1]
 
 
-def _part(layers: int, cards: int, number: int) -> tuple[int, int]:
+def part(layers: int, cards: int, number: int) -> tuple[int, int]:
     """First layer of a card, and the one after its last: as many on each card as can be."""
     return layers * number // cards, layers * (number + 1) // cards

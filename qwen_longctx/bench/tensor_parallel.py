@@ -7,11 +7,10 @@ process on one device comes first, then one for each device; every row is one pl
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,21 +20,21 @@ import transformers
 from packaging.version import Version
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from qwen_longctx import LongContextCache, patched_qwen
-from qwen_longctx.bench.processes import say, started
-from qwen_longctx.bench.shapes import NAMES, model_config, random_model
+from qwen_longctx.bench.processes import count_ranks, own_place, rows_of, say
+from qwen_longctx.bench.shapes import NAMES, model_config, random_model, random_prompt
+from qwen_longctx.bench.speed import DENSE, sparse_settings
+from qwen_longctx.bench.timing import Clock
 from qwen_longctx.checkpoint import Shape
 from qwen_longctx.cli.checkpoint import load_config
-from qwen_longctx.errors import InvalidValue, RankFailed
+from qwen_longctx.patches.method import cache_argument
 
 LENGTHS = (262144, 1_000_000)
 _DENSE_UP_TO = 262144
 _DENSITY = 0.02
 _WARM_UP = 65536  # tokens of the first prompts, which are not measured
 _NEW_TOKENS = 16
-_ANY_RECALL = 1e-4  # far below what the least share of evenly spread attention holds
 
 
 def measure(
@@ -68,11 +67,7 @@ def measure(
     whole_up_to : int
         Tokens of the longest dense prompt.
     """
-    ranks = torch.cuda.device_count() if device.type == "cuda" else 2
-    if ranks < 2:
-        raise InvalidValue(
-            "bench tensor-parallel needs two CUDA devices, a process for each, and found 1: add --tiny on a CPU"
-        )
+    ranks = count_ranks("tensor-parallel", device)
     config = model_config(tiny, shape=shape) if model is None else load_config(str(model))
     Shape.of(config, ranks)  # refuses heads that cannot be divided
     with tempfile.TemporaryDirectory() as folder:
@@ -89,45 +84,30 @@ def measure(
             "results": folder,
         }
         for count in (1, ranks):
-            with started(__name__, spec, count) as processes:
-                yield from processes.rows()
-                codes = processes.wait()
-            if any(codes):
-                raise RankFailed(f"{count} processes ended with {codes}: see what they printed")
+            yield from rows_of(__name__, spec, count)
 
 
 # --- a rank -------------------------------------------------------------------------------------------------------
 
 
-class _Clock(BaseStreamer):
-    """When the prompt was handed on, and each new token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # the token is on the host by now
-
-    def end(self) -> None:
-        pass
-
-
 def _rank(spec: dict[str, Any], folder: Path) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = spec["device"] == "cuda"
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    rank, ranks, device = own_place(spec["device"])
     model = _load(spec["model"], ranks, device)
-    for density in (None, spec["density"]):
-        _row(model, min(*spec["lengths"], _WARM_UP), device, density, {})
-    for length in spec["lengths"]:
-        for density in (None, spec["density"]):
-            if density is None and length > spec["whole_up_to"]:
-                continue
-            row = _row(model, length, device, density, _reference(spec, length, density, ranks))
-            if rank == 0:
-                say(folder, row)
+    kinds = DENSE, sparse_settings(max(spec["lengths"]), spec["density"])
+    for settings in kinds:
+        _run(model, min(*spec["lengths"], _WARM_UP), device, settings)
+    for length, settings in product(spec["lengths"], kinds):
+        if settings is DENSE and length > spec["whole_up_to"]:
+            continue
+        row, answer = _run(model, length, device, settings)
+        if rank > 0:
+            continue
+        path = Path(spec["results"], f"{length}.{settings['sparse']}.pt")
+        if ranks == 1:
+            torch.save({**answer, "row": row}, path)
+        else:
+            row |= _compared(row, answer, torch.load(path, weights_only=True))
+        say(folder, row)
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -143,63 +123,46 @@ def _load(folder: str, ranks: int, device: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **how).eval()
 
 
-def _reference(spec: dict[str, Any], length: int, density: float | None, ranks: int) -> dict[str, Any]:
-    """The file with what one process answers: to be written by it, and to be compared with by others."""
-    kind = "dense" if density is None else "sparse"
-    return {"path": Path(spec["results"], f"{length}.{kind}.pt"), "known": ranks > 1}
-
-
-def _row(
-    model: Any, length: int, device: torch.device, density: float | None, reference: dict[str, Any]
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {"sparse": "off"}
-    if density is not None:
-        settings = {"sparse": "block_scores", "density": density, "recall_target": _ANY_RECALL}
-    generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(1, model.config.vocab_size, (1, length), generator=generator).to(device)
-    cache, clock = LongContextCache(length + _NEW_TOKENS), _Clock()
+def _run(
+    model: Any, length: int, device: torch.device, settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of a prompt, and what was answered: new tokens, and logits of the first."""
+    ids = random_prompt(length, model.config.vocab_size).to(device)
+    cache, clock = LongContextCache(length + _NEW_TOKENS), Clock()
     with patched_qwen(model, **settings), torch.no_grad():
         if dist.is_initialized():
             dist.barrier()
-        begin = time.perf_counter()
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             max_new_tokens=_NEW_TOKENS,
             min_new_tokens=_NEW_TOKENS,
             do_sample=False,
             streamer=clock,
             return_dict_in_generate=True,
             output_logits=True,
+            **cache_argument(cache),
         )
-    report, times = cache.report(), clock.times[1:]  # behind the prompt
+    report = cache.report()
     row = {
         "tokens": length,
         "attention": settings["sparse"],
         "density": round(report["density"], 4),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "seconds": round(times[0] - begin, 3),
-        "decode_seconds_per_token": round(median(b - a for a, b in zip(times, times[1:], strict=False)), 5),
+        "seconds": round(clock.first(), 3),
+        "decode_seconds_per_token": round(median(clock.seconds()), 5),
         "peak_bytes_of_rank_0": report["peak_memory_bytes"],
     }
-    answer = {"tokens": out.sequences[0, length:].tolist(), "logits": out.logits[0][0].float().cpu(), "row": row}
-    return {**row, **_compared(answer, reference)} if reference else row
+    return row, {"tokens": out.sequences[0, length:].tolist(), "logits": out.logits[0][0].float().cpu()}
 
 
-def _compared(answer: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """What several processes answer beside what one does; that one's answer is written."""
-    if not reference["known"]:
-        torch.save(answer, reference["path"])
-        return {}
-    one = torch.load(reference["path"], weights_only=True)
+def _compared(row: dict[str, Any], answer: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """What several processes answer beside what one does."""
     equal = [a == b for a, b in zip(answer["tokens"], one["tokens"], strict=True)]
+    names = {"times_as_fast": "seconds", "times_as_fast_decode": "decode_seconds_per_token"}
     return {
-        "times_as_fast": round(one["row"]["seconds"] / answer["row"]["seconds"], 2),
-        "times_as_fast_decode": round(
-            one["row"]["decode_seconds_per_token"] / answer["row"]["decode_seconds_per_token"], 2
-        ),
-        "same_tokens": (equal + [False]).index(False),
+        **{name: round(one["row"][of] / row[of], 2) for name, of in names.items()},
+        "same_tokens": [*equal, False].index(False),
         "difference": float((answer["logits"] - one["logits"]).abs().max()),
     }
 

@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
-from qwen_longctx.bench.shapes import NAMES, model_config, random_weights
+from qwen_longctx.bench.shapes import NAMES, model_config, random_prompt, random_weights
 from qwen_longctx.bench.speed import SHORTEST, check_lengths, sparse_settings
 from qwen_longctx.bench.timing import Clock
 from qwen_longctx.config import Prefill
@@ -157,11 +157,6 @@ def ratios(vllm: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return {"engine": "vllm over transformers", "tokens": vllm["tokens"], "prefill": vllm["prefill"], **of}
 
 
-def prompt(length: int, vocabulary: int) -> torch.Tensor:
-    """Random token ids, shape (1, length), the same for both engines."""
-    return torch.randint(1, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
-
-
 def warm_up_length(lengths: list[int], part: int) -> int:
     """Tokens of the prompt that is not counted: two parts and an end, unless all prompts are shorter."""
     return min(2 * part + SHORTEST, *lengths)
@@ -220,9 +215,9 @@ def _serve(
         engine = vllm.LLM(checkpoint, **options)
         sampling = vllm.SamplingParams(max_tokens=new_tokens + 1, temperature=0, ignore_eos=True, detokenize=False)
         vocabulary = engine.llm_engine.model_config.get_vocab_size()
-        _stepped(engine.llm_engine, prompt(warm_up_length(lengths, part), vocabulary), sampling)
+        _stepped(engine.llm_engine, random_prompt(warm_up_length(lengths, part), vocabulary), sampling)
         for length in lengths:
-            sender.send(_stepped(engine.llm_engine, prompt(length, vocabulary), sampling))
+            sender.send(_stepped(engine.llm_engine, random_prompt(length, vocabulary), sampling))
         engine.llm_engine.engine_core.shutdown()
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}")
@@ -254,9 +249,9 @@ def generated(
     model = random_weights(config, device)
     vocabulary = config.vocab_size
     with patched_qwen(model, **settings, prefill_chunk_size=part):
-        _streamed(model, prompt(warm_up_length(lengths, part), vocabulary).to(device), new_tokens)
+        _streamed(model, random_prompt(warm_up_length(lengths, part), vocabulary).to(device), new_tokens)
         for length in lengths:
-            yield length, _streamed(model, prompt(length, vocabulary).to(device), new_tokens)
+            yield length, _streamed(model, random_prompt(length, vocabulary).to(device), new_tokens)
     del model
     gc.collect()  # patched modules and their methods refer to each other
     if device.type == "cuda":

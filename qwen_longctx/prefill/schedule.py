@@ -175,6 +175,13 @@ def operations(shape: Shape) -> tuple[int, int]:
     return 2 * (projections + inner) * shape.layers, 4 * heads * shape.layers
 
 
+def planned(start: int, end: int, settings: LongContextConfig, shape: Shape, stages: int, rule: str | None) -> Schedule:
+    """The chunks that the setting `pipeline` asks for. Arguments as of `Schedule` and `cost_of`."""
+    kind = settings.pipeline
+    cost = cost_of(shape, settings, rule) if kind in ("auto", "measured") else None
+    return Schedule(start, end, settings.prefill_chunk_size, stages, cost, fitted=kind == "measured")
+
+
 def _kept(settings: LongContextConfig, rule: str) -> float:
     if rule == "vertical_slash":
         return _KEPT_OF_COLUMNS

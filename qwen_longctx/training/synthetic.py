@@ -229,9 +229,8 @@ class TaskWriter:
     def _paragraphs(self, ids: np.ndarray) -> Paragraphs:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         texts = split_paragraphs(text.strip("\ufffd"))  # halves of characters, where a piece was cut
-        each = len(ids) / max(
-            1, len(text)
-        )  # tokens a character: to tokenise every paragraph would take as long as the whole
+        # tokens a character: to tokenise every paragraph would take as long as the whole
+        each = len(ids) / max(1, len(text))
         return Paragraphs(texts, [math.ceil(each * (len(paragraph) + 2)) for paragraph in texts])
 
     def _fill_in_the_middle(self, ids: np.ndarray, room: int, source: random.Random) -> Document | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -195,18 +196,9 @@ def lay_out(
     dtype: torch.dtype,
 ) -> AnyStep:
     """A step, of which `plan` says what is prefilled sparsely. Other arguments as for `Step`."""
+    step = partial(Step, geometry, inv_freq, dtype=dtype)
     if plan is None:
-        return Step(
-            geometry,
-            inv_freq,
-            starts,
-            starts_host,
-            lengths,
-            rows=rows,
-            longest=longest,
-            most_queries=most_queries,
-            dtype=dtype,
-        )
+        return step(starts, starts_host, lengths, rows=rows, longest=longest, most_queries=most_queries)
     beside = torch.ones(rows, dtype=torch.bool)
     for part in plan.parts:
         beside[part.rows] = False
@@ -215,16 +207,13 @@ def lay_out(
     where = beside.nonzero().squeeze(1).to(lengths.device)
     rest = None
     if plan.most_queries:
-        rest = Step(
-            geometry,
-            inv_freq,
+        rest = step(
             _starts_of(starts, there),
             _starts_of(starts_host, others),
             lengths[there],
             rows=len(where),
             longest=plan.longest,
             most_queries=plan.most_queries,
-            dtype=dtype,
         )
     return Mixed(plan.parts, there, where, rest)
 
