@@ -158,7 +158,7 @@ class Kernels(_Part):
 
     kernel: str = "auto"
     sparse_decode: float | None = None
-    sparse_decode_threshold: int = 65536
+    sparse_decode_threshold: int = 131072
     linear: str = "auto"
     cuda_graphs: bool = True
 

@@ -105,12 +105,13 @@ KERNELS = [
             },
             {
                 **{"GROUP": 7, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows, "KEYS": keys, "TILE": 64},
-                **{"LISTED": listed, "BLOCK": 64},
-                **{name: None for name in ("k_scales", "v_scales", "bias", "frequencies") if name not in held},
+                **{"LISTED": listed, "BLOCK": 64, "PAGE": 64 if "table" in held else 0},
+                **{name: None for name in ("k_scales", "v_scales", "bias", "frequencies", "table") if name not in held},
             },
         )
         for dtype, head_dim, dim, rows, keys, held, listed in (
             ("bf16", 128, 128, 16, 64, {}, 0),
+            ("bf16", 128, 128, 16, 64, {"table": "*i32"}, 0),
             ("fp32", 256, 256, 16, 16, {}, 0),
             ("bf16", 128, 128, 16, 64, eight_bit("i8", "bf16"), 0),
             ("fp16", 80, 128, 64, 64, eight_bit("u8", "fp16"), 0),

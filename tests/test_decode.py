@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import traceback
+from functools import partial
 
 import pytest
 import torch
@@ -194,6 +195,55 @@ def test_random_steps(way, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     case = Case(firsts, end, tokens, heads, 8 * whole(2, 10), dtype, device_of(way), **config)
     case.check(by(way, whole(1, 5)))
+
+
+def in_pages(case, size, way):
+    """Pages of keys and values, those of a row anywhere and more of them, as a serving engine holds them; the table."""
+    batch, room, heads, dim = case.keys.shape
+    columns = -(-room // size) + 2
+    both = torch.full((batch, columns * size, heads, 2 * dim), torch.nan, dtype=case.q.dtype, device=case.q.device)
+    both[:, :room] = torch.cat((case.keys, case.v), -1)
+    table = torch.randperm(batch * columns + 3)[: batch * columns].view(batch, columns).int()
+    pages = torch.full((batch * columns + 3, heads, size, 2 * dim), torch.nan, dtype=case.q.dtype, device=case.q.device)
+    pages[table.flatten().long()] = both.view(-1, size, heads, 2 * dim).transpose(1, 2)
+    table[:, -(-case.end // size) :] = -1  # no page of anything
+    k, v = pages.transpose(1, 2).split(dim, -1)
+    run = decode if way == TWIN else partial(decode_triton, splits=3)
+    return lambda one, scale: run(one.q, k, v, one.reach(), scale=scale, table=table.to(one.q.device))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [8, 16, 64, 96])
+@pytest.mark.parametrize("length", [1, STRIDE - 1, STRIDE, STRIDE + 1, 2 * STRIDE, 3 * STRIDE + 5, 259])
+def test_pages(way, size, length):
+    case = Case([0, length // 3, None], length, heads=(6, 2), head_dim=32, device=device_of(way))
+    case.check(in_pages(case, size, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pages_of_half_precision(way):
+    case = Case([0, 7], 150, 3, heads=(4, 1), head_dim=64, dtype=torch.float16, device=device_of(way))
+    case.check(in_pages(case, 16, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_listed_blocks_of_pages(way):
+    """As of a cache in one piece: the places of the keys are all that differs."""
+    device = device_of(way)
+    case = Case([0, 40], 400, heads=(4, 2), head_dim=32, device=device)
+    blocks = torch.tensor([[[0, 2, 6], [1, 5, 6]], [[1, 3, 6], [0, 4, 6]]], dtype=torch.int32, device=device)
+    run = decode if way == TWIN else partial(decode_triton, splits=2)
+    wanted = run(case.q, case.keys, case.v, case.reach(), scale=0.2, blocks=blocks)
+    size, columns = 16, -(-case.keys.shape[1] // 16)
+    table = torch.randperm(2 * columns).view(2, columns).int()
+    held = []
+    for x in (case.keys, case.v):
+        whole = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, columns * size - x.shape[1]))
+        pages = torch.empty(2 * columns, size, *x.shape[2:], dtype=x.dtype, device=device)
+        pages[table.flatten().long()] = whole.view(-1, size, *x.shape[2:])
+        held.append(pages)
+    found = run(case.q, *held, case.reach(), scale=0.2, blocks=blocks, table=table.to(device))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_splits_do_not_change_the_result():

@@ -219,7 +219,7 @@ def test_means_follow_crops_and_beams():
     assert torch.equal(store.key_means(32), wanted)
 
 
-ALWAYS = {"sparse_decode_threshold": 1}  # not only beyond 65,536 keys
+ALWAYS = {"sparse_decode_threshold": 1}  # not only beyond 131,072 keys
 
 
 # --- whole models -------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_sequences_up_to_the_threshold_are_exact(short):
         with patched_qwen(model, sparse_decode=0.1, **how):
             assert torch.allclose(step_logits(model, ids, longer), dense, atol=1e-5) == exact
     settings = LongContextConfig.from_model_config(model.config, sparse_decode=0.1)
-    assert settings.share_decoded(65_536) is None and settings.share_decoded(65_537) == 0.1
+    assert settings.share_decoded(131_072) is None and settings.share_decoded(131_073) == 0.1
 
 
 def test_short_sequences_are_exact():

@@ -118,12 +118,18 @@ def prompts(*lengths, seed=0):
 
 def served(engine, prompts, new=NEW):
     """Tokens and their log-probabilities, all prompts at once."""
+    return with_hits(engine, prompts, new)[0]
+
+
+def with_hits(engine, prompts, new=NEW):
+    """The same, and how many tokens of the prompts were there already."""
     sampling = vllm.SamplingParams(max_tokens=new, temperature=0, logprobs=1, ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    return [
+    answers = [
         (list(one.token_ids), [at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)])
         for one in (output.outputs[0] for output in outputs)
     ]
+    return answers, sum(output.num_cached_tokens for output in outputs)
 
 
 @torch.no_grad()
@@ -198,14 +204,33 @@ def test_prefix_hits_change_nothing(engine, model):
     """A prefix that other prompts have left in the cache, also where it ends in another chunk than the prompt."""
     (long,), _ = prompts(3000, seed=2)
     first = served(engine, [long])
-    before = counted(engine, "prefix_cache_hits")
-    assert_same(served(engine, [long]), first, close=CLOSE / 5)
-    assert counted(engine, "prefix_cache_hits") - before >= 3000 - 2 * PAGE
+    again, hits = with_hits(engine, [long])
+    assert_same(again, first, close=CLOSE / 5)
+    assert hits >= 3000 - 2 * PAGE
     cut = [long[:n] + long[-12:] for n in (200, 390, 1500, 2990)]
-    before = counted(engine, "prefix_cache_hits")
+    found, hits = with_hits(engine, cut)
     with patched_qwen(model, sparse="off"):
-        assert_same(served(engine, cut), generated(model, cut))
-    assert counted(engine, "prefix_cache_hits") - before >= 4500
+        assert_same(found, generated(model, cut))
+    assert hits >= 4500
+
+
+@pytest.mark.skipif(ON_GPU, reason="there decoded tokens go this way by themselves")
+def test_decoding_in_one_pass(model, monkeypatch):
+    """As on a GPU: a step of decoded tokens reads its pages once, also in the memory of the step before."""
+    from qwen_longctx.vllm import attention, backend
+
+    counts = []
+    whole = attention.decode
+    monkeypatch.setattr(backend, "why_not", lambda *a: "")
+    monkeypatch.setattr(attention, "decode", lambda q, *a, **how: (counts.append(len(q)), whole(q, *a, **how))[1])
+    engine = start()
+    try:
+        asked, _ = prompts(100, 188, 191, 381, 572, 957, 1500, seed=1)
+        with patched_qwen(model, sparse="off"):
+            assert_same(served(engine, asked, new=30), generated(model, asked, new=30))
+        assert set(counts) > {7}
+    finally:
+        stop(engine)
 
 
 def test_a_stock_model_is_unchanged(plain, model):

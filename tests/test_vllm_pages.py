@@ -14,7 +14,7 @@ from qwen_longctx import LongContextConfig
 from qwen_longctx import vllm as plugin
 from qwen_longctx.errors import MissingPackage
 from qwen_longctx.geometry.positions import spans
-from qwen_longctx.vllm.attention import Layer, attend, lay_out, paged_attention
+from qwen_longctx.vllm.attention import Decoding, Layer, Reaches, attend, lay_out, paged_attention
 from qwen_longctx.vllm.pages import KINDS, cut, positions, segment_table
 from qwen_longctx.vllm.settings import DualChunk, refuse_engine, settings_of, uses_dual_chunk
 
@@ -141,7 +141,16 @@ MIXED = [(0, 50), (47, 1), (13, 4), (0, 0), (31, 2), (15, 18)]  # across several
 )
 def test_attention_on_pages_is_that_of_the_definition(requests, heat):
     settings = settings_of(config(dual_chunk_attention_config={**SECTION, "attention_temperature": heat}))
-    batch, generator = Batch(requests), torch.Generator().manual_seed(3)
+    batch = Batch(requests)
+    rows, pages, wanted = defined(batch, settings)
+    for longest in (batch.longest, 200):  # an engine may give an upper bound
+        out = attended(rows, batch.step(settings, longest=longest), pages)
+        torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-12)
+
+
+def defined(batch, settings):
+    """Random queries of a batch, pages of its keys and values, and what the definition makes of them, in float64."""
+    generator, requests = torch.Generator().manual_seed(3), batch.requests
     inv_freq = settings.inv_freq(torch.device("cpu"))
     drawn = [torch.randn(n, 8, 8, generator=generator, dtype=torch.float64) for n in batch.lengths.tolist()]
     keys, values, queries = ([x[:, part] for x in drawn] for part in (slice(2), slice(2, 4), slice(4, 8)))
@@ -156,10 +165,28 @@ def test_attention_on_pages_is_that_of_the_definition(requests, heat):
     for q, k, v, (before, _) in zip(queries, keys, values, requests, strict=True):
         factors = torch.tensor([settings.geometry.temperature(p + 1) for p in range(len(q))], dtype=torch.float64)
         wanted.append(dual_chunk_attention(q * factors[:, None, None], k, v, inv_freq, 24, 8, 0.3)[before:])
-    for longest in (batch.longest, 200):  # an engine may give an upper bound
-        step = batch.step(settings, longest=longest)
-        out = attended(rows, step, pages)
-        torch.testing.assert_close(out, torch.cat(wanted), atol=1e-12, rtol=1e-12)
+    return rows, pages, torch.cat(wanted)
+
+
+@pytest.mark.parametrize("heat", ["position", False])
+def test_decoded_tokens_are_those_of_the_definition(heat):
+    """Of requests at all borders of chunks, in memory that stays where it is, with requests of nothing behind them."""
+    settings = settings_of(config(dual_chunk_attention_config={**SECTION, "attention_temperature": heat}))
+    inv_freq = settings.inv_freq(torch.device("cpu"))
+    reaches = Reaches(settings.geometry, inv_freq, 9, torch.float64)
+    places = []
+    for cached in ([0, 1, 14, 15, 16, 17, 30], [31, 32, 33], [47, 48, 79, 80]):
+        batch = Batch([(before, 1) for before in cached])
+        rows, pages, wanted = defined(batch, settings)
+        lengths = torch.cat((batch.lengths, torch.zeros(2, dtype=torch.int32)))
+        reach = reaches.of(lengths)
+        places.append([x.data_ptr() for x in reach[:-1]])
+        table = torch.cat((batch.table, torch.full((2, batch.width), -1, dtype=torch.int32)))
+        step = Decoding(reach, batch.table[:0]).on(table, PAGE)
+        out = attended(torch.cat((rows, torch.ones(2, 4, 8, dtype=torch.float64))), step, pages)
+        torch.testing.assert_close(out[: len(rows)], wanted, atol=1e-7, rtol=1e-7)  # heat is float32
+        assert not out[len(rows) :].any()
+    assert places[0] == places[1] == places[2]
 
 
 def test_a_step_below_one_chunk_is_one_causal_call():

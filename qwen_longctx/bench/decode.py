@@ -25,6 +25,7 @@ from qwen_longctx.patches.method import cache_argument
 LENGTHS = (4096, 32768, 131072, 524288, 1_000_000)
 _AT_A_TIME = 65536  # tokens that are drawn at once
 _HEAD_START = 100_000_000  # cycles that the device waits, so that launches are queued and only their work is timed
+_ON_THE_HOST = 8  # new tokens of a round, each of which reads the whole cache over the bus
 _READ = 1 << 32  # bytes of the reduction that measures the bandwidth
 
 
@@ -35,7 +36,7 @@ def measure(
     tiny: bool = False,
     whole_up_to: int = 131072,
     rounds: int = 3,
-    new_tokens: int = 32,
+    new_tokens: int | None = None,
     kv_cache: str = "device",
     sparse_decode: float | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -45,7 +46,7 @@ def measure(
     the same process; the share of a token is the time in which its bytes could be read, over the time that it took.
     Stock transformers runs SDPA on its own cache, which copies itself for every token. Every kind runs one round to
     warm up, then rounds in turns; medians are over all tokens but the first of each round. `without_graphs` is
-    ``cuda_graphs=False``.
+    ``cuda_graphs=False``, which a cache on the host always is.
 
     "attention" is that of all layers alone: `pass` in one pass over the cache, `segments` by an engine a segment, and
     `sparse` to a share of the keys, their choice included. Shares of the bandwidth count all keys and values, also
@@ -60,12 +61,15 @@ def measure(
         A toy shape.
     whole_up_to : int
         Longest cache for stock transformers.
-    rounds, new_tokens : int
+    rounds : int
+    new_tokens : int, optional
+        Of a round: 32, or 8 of a cache on the host, of which a token may take a second.
     kv_cache : {"device", "fp8", "int8", "host"}
         How our cache holds keys and values; stock transformers has them as they are.
     sparse_decode : float, optional
         Also measure sparse decode with this share of the keys.
     """
+    new_tokens = new_tokens or (_ON_THE_HOST if kv_cache == "host" else 32)
     model = random_model(device, tiny)
     bandwidth = _bandwidth(device)
     embeddings = model.get_input_embeddings().weight
@@ -78,7 +82,9 @@ def measure(
             "read_gb_per_second": round(bandwidth / 1e9, 1),
         }
         ours = _our_cache(model, length, new_tokens, kv_cache)
-        caches: dict[str, Any] = {"patched": ours, "without_graphs": ours}
+        caches: dict[str, Any] = {"patched": ours}
+        if kv_cache != "host":  # which is never captured
+            caches["without_graphs"] = ours
         held = sum(_bytes_read(layer.store) for layer in ours.layers)
         row |= {"weight_bytes": weights, "kv_bytes": held}
         if sparse_decode is not None:

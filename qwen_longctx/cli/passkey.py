@@ -6,8 +6,20 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from qwen_longctx.cli.options import add_lengths, add_model, add_output, at_least_one, depth
+from qwen_longctx.cli.options import (
+    add_lengths,
+    add_model,
+    add_output,
+    add_settings,
+    at_least_one,
+    depth,
+    settings_given,
+)
 from qwen_longctx.config import SPARSE
+from qwen_longctx.errors import InvalidValue
+
+# of the patch; what a passkey asks is whether they lose it
+_SETTINGS = ("linear", "kv_cache", "sparse_decode", "sparse_decode_threshold")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the keys")
     parser.add_argument("--no-patch", action="store_true", help="run stock transformers")
     parser.add_argument("--sparse", default="auto", choices=SPARSE, help="rule of sparse prefill; off is exact")
+    add_settings(parser, _SETTINGS)
     add_output(parser)
 
 
@@ -31,11 +44,17 @@ def run(args: argparse.Namespace) -> None:
     from qwen_longctx.files import check_writable
     from qwen_longctx.sparsity import check_budgets
 
+    settings = settings_given(args, _SETTINGS)
+    if args.no_patch and settings:
+        raise InvalidValue(
+            f"--no-patch runs stock transformers, which has no {', '.join(settings)}: leave out one of the two"
+        )
+    settings["sparse"] = args.sparse
     if args.output is not None:
         check_writable(args.output)
     config = checkpoint.load_config(args.model, any_model=args.no_patch)
     if not args.no_patch:
-        check_budgets(LongContextConfig.from_model_config(config, sparse=args.sparse), config)
+        check_budgets(LongContextConfig.from_model_config(config, **settings), config)
     checkpoint.check_room(config, args.lengths, args.dtype)
     tokenizer = checkpoint.load_tokenizer(args.model)
     passkey.check(tokenizer, args.lengths, args.depths, args.repeats, config.vocab_size)
@@ -43,11 +62,12 @@ def run(args: argparse.Namespace) -> None:
     about = {
         "model": Path(args.model).name,
         "patched": not args.no_patch,
-        "sparse": None if args.no_patch else args.sparse,
+        "sparse": None,
+        **({} if args.no_patch else settings),
         "trained_length": getattr(config, "max_position_embeddings", None),
     }
     done: list[passkey.Record] = []
-    with nullcontext() if args.no_patch else patched_qwen(model, sparse=args.sparse):
+    with nullcontext() if args.no_patch else patched_qwen(model, **settings):
         for record in passkey.records(model, tokenizer, args.lengths, args.depths, args.repeats, args.seed):
             done.append(record)
             if args.output is not None:

@@ -98,6 +98,7 @@ def decode(
     *,
     scale: float,
     blocks: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a few queries to the keys of all segments, one softmax over all of them.
 
@@ -115,6 +116,9 @@ def decode(
         Shape (batch, kv_heads, count), int32, in rising order, each once: numbers of the blocks of `BLOCK` keys,
         counted from index 0 of the cache, that are attended to; others are not read. Those beyond the last key are
         ignored.
+    table : torch.Tensor, optional
+        Shape (batch, columns), int32, rows of stride 1: the pages of each row, in order. Keys and values then have the
+        shape (pages, page_size, kv_heads, head_dim), and are not in 8 bits. Columns beyond the ranges are not read.
 
     Returns
     -------
@@ -130,8 +134,10 @@ def decode(
     if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
         check_dtypes(q, k, v)
     if uses_triton(q, *read) and takes_head_dim(q.shape[3]):
-        return decode_triton(q, k, v, reach, scale=scale, blocks=blocks)
+        return decode_triton(q, k, v, reach, scale=scale, blocks=blocks, table=table)
     k, v = (x if isinstance(x, torch.Tensor) else x.numbers() for x in (k, v))
+    if table is not None:
+        k, v = (x[table.clamp(0, len(x) - 1)].flatten(1, 2) for x in (k, v))
     exact = torch.promote_types(q.dtype, torch.float32)
     index = torch.arange(k.shape[1], device=k.device)
     start, stop = reach.ranges[:, None, None, ..., None].unbind(-2)  # (batch, 1, 1, tokens, segments, 1)
@@ -226,6 +232,7 @@ def decode_triton(
     *,
     scale: float,
     blocks: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
     by: Sizes | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -242,7 +249,8 @@ def decode_triton(
         return out
     listed = 0 if blocks is None else blocks.shape[2]
     codes = isinstance(k, EightBit)
-    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or k.shape[1], codes)
+    room = k.shape[1] if table is None else table.shape[1] * k.shape[1]
+    fitting, filling = _cut(q.device, q.element_size(), head_dim, rows, owners, listed * BLOCK or room, codes)
     by, splits = by or fitting, splits or filling
     if listed and isinstance(k, EightBit) and k.bias is not None and reach.stride < by.keys:
         k = k.numbers().to(q.dtype)  # a tile of a block would reach over three chunks
@@ -266,6 +274,7 @@ def decode_triton(
         v_scales,
         *((None, None) if bias is None else (bias.tile, bias.turns)),
         heat if blocks is None else blocks.contiguous(),
+        table,
         sums,
         lses,
         *q.stride()[:3],
@@ -276,8 +285,9 @@ def decode_triton(
         cos.stride(2),
         tokens,
         kv_heads,
-        min(stride, k.shape[1]),
+        min(stride, room),
         listed,
+        0 if table is None else table.stride(0),
         scale * math.log2(math.e),
         LISTED=0 if blocks is None else max(_FEWEST_LISTED, 1 << (-(-listed // splits) - 1).bit_length()),
         BLOCK=BLOCK,
@@ -287,6 +297,7 @@ def decode_triton(
         ROWS=by.rows,
         KEYS=by.keys,
         TILE=TILE,
+        PAGE=0 if table is None else k.shape[1],
         num_warps=by.warps,
         num_stages=by.stages,
     )
@@ -315,12 +326,12 @@ def _held(x: torch.Tensor | EightBit) -> tuple[torch.Tensor, torch.Tensor | None
 
 @triton.jit(do_not_specialize=("ranges", "stride"))  # a view that lies at any address
 def _decode(  # type: ignore[no-untyped-def]
-    q, k, v, cos, sin, ranges, heat, k_scales, v_scales, bias, frequencies, blocks, sums, lses,
+    q, k, v, cos, sin, ranges, heat, k_scales, v_scales, bias, frequencies, blocks, table, sums, lses,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_segment, t_batch, t_token,
-    tokens, kv_heads, stride, listed, scale,
+    tokens, kv_heads, stride, listed, columns, scale,
     LISTED: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     split, owner = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (owner // kv_heads).to(tl.int64), owner % kv_heads
@@ -358,9 +369,14 @@ def _decode(  # type: ignore[no-untyped-def]
         common_tile = tl.load(bias + place, mask=real[:, None], other=0.0)
         turns = tl.load(frequencies + dim % (HEAD_DIM // 2))
         c_tile, s_tile = _turned(turns, KEYS)
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
-    table = batch * t_batch + token[:, None] * t_token + dim[None, :]
+    k += kv_head * k_head
+    v += kv_head * v_head
+    if PAGE:  # a batch of pages, those of a row anywhere
+        table += batch * columns
+    else:
+        k += batch * k_batch
+        v += batch * v_batch
+    turn = batch * t_batch + token[:, None] * t_token + dim[None, :]
     turned = (dim + HEAD_DIM // 2) % HEAD_DIM
     highest = tl.full((ROWS,), -float("inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
@@ -383,8 +399,8 @@ def _decode(  # type: ignore[no-untyped-def]
         inside = within[:, None] & real[None, :]
         plain = tl.load(q + q_spot + dim[None, :], mask=inside, other=0.0).to(tl.float32)
         other = tl.load(q + q_spot + turned[None, :], mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cos + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + segment * t_segment + table, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + segment * t_segment + turn, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + segment * t_segment + turn, mask=inside, other=0.0).to(tl.float32)
         exact = plain * c + other * s
         rotated = exact.to(q.dtype.element_ty)
         # The bias of codes was rotated by the spot at which a tile begins and by the place in the tile. The first is
@@ -405,18 +421,23 @@ def _decode(  # type: ignore[no-untyped-def]
                     back = exact * c_back[None, :] + across * s_back[None, :]
                     after = tl.dot(back.to(q.dtype.element_ty), common_tile, input_precision="ieee")
                     common = tl.where((low + tl.arange(0, KEYS) < stride)[None, :], common, after)
+                page = _pages(table, at, least + count, PAGE)
                 highest, norm, result = _tile(
-                    rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop,
-                    heated, dim, real, highest, norm, result,
+                    rotated, common, k, v, k_scales, v_scales, page, k_batch, v_batch, k_token, v_token, kv_heads, at,
+                    near, start, stop, heated, dim, real, highest, norm, result, PAGE,
                 )  # fmt: skip
         elif bias is None:
+            # a page is looked up a tile ahead, else the pipeline would wait for it and load nothing meanwhile
+            page = _pages(table, begin + tl.arange(0, KEYS), end, PAGE)
             for here in range(begin, end, KEYS):
                 at = here + tl.arange(0, KEYS)
                 near = at < end
+                next_page = _pages(table, at + KEYS, end, PAGE)
                 highest, norm, result = _tile(
-                    rotated, None, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop, heated,
-                    dim, real, highest, norm, result,
+                    rotated, None, k, v, k_scales, v_scales, page, k_batch, v_batch, k_token, v_token, kv_heads, at,
+                    near, start, stop, heated, dim, real, highest, norm, result, PAGE,
                 )  # fmt: skip
+                page = next_page
         else:
             for chunk in range((begin - least) // stride, tl.cdiv(end - least, stride)):
                 left = least + chunk * stride
@@ -432,8 +453,8 @@ def _decode(  # type: ignore[no-untyped-def]
                     s_back = s_back * c_tile + c_back * s_tile
                     c_back = c_next
                     highest, norm, result = _tile(
-                        rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop,
-                        heated, dim, real, highest, norm, result,
+                        rotated, common, k, v, k_scales, v_scales, None, k_batch, v_batch, k_token, v_token, kv_heads,
+                        at, near, start, stop, heated, dim, real, highest, norm, result, PAGE,
                     )  # fmt: skip
     if v_scales is not None:
         result *= _unit(v) / _lift(v)
@@ -447,15 +468,20 @@ def _decode(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    rotated, common, k, v, k_scales, v_scales, k_token, v_token, kv_heads, at, near, start, stop, heated, dim, real,
-    highest, norm, result,
+    rotated, common, k, v, k_scales, v_scales, page, k_page, v_page, k_token, v_token, kv_heads, at, near, start, stop,
+    heated, dim, real, highest, norm, result, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The running softmax and its sum of values with the keys `at` a tile added, of which `near` are to be read.
 
     Logits of codes are those of their numbers but for the scale of each key, and what the keys have in `common`; the
     scale of each value goes into its weight.
     """
-    spots = k + at[None, :].to(tl.int64) * k_token + dim[:, None]
+    if PAGE:
+        page = page.to(tl.int64)
+        k_spot, v_spot = page * k_page + at % PAGE * k_token, page * v_page + at % PAGE * v_token
+    else:
+        k_spot, v_spot = at.to(tl.int64) * k_token, at.to(tl.int64) * v_token
+    spots = k + k_spot[None, :] + dim[:, None]
     keys = _numbers(tl.load(spots, mask=near[None, :] & real[:, None], other=0), rotated.dtype)
     logits = tl.dot(rotated, keys, input_precision="ieee")
     if k_scales is not None:
@@ -473,11 +499,20 @@ def _tile(  # type: ignore[no-untyped-def]
     if v_scales is not None:
         # lifted to the largest number of each value: a fp16 weight times a bare scale would vanish
         weights *= (tl.load(v_scales + at.to(tl.int64) * kv_heads, mask=near, other=0.0) * _lift(v))[None, :]
-    spots = v + at[:, None].to(tl.int64) * v_token + dim[None, :]
+    spots = v + v_spot[:, None] + dim[None, :]
     values = _numbers(tl.load(spots, mask=near[:, None] & real[None, :], other=0), rotated.dtype)
     result = result * shrink[:, None]
     result += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     return higher, norm, result
+
+
+@triton.jit
+def _pages(table, at, end, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The page of each key `at` before `end`; any number where keys are not in pages."""
+    if PAGE:
+        return tl.load(table + at // PAGE, mask=at < end, other=0)
+    else:
+        return at
 
 
 @triton.jit

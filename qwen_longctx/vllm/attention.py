@@ -14,6 +14,7 @@ from qwen_longctx.config import Geometry
 from qwen_longctx.geometry.positions import Kind, query_positions
 from qwen_longctx.geometry.rotary import rotate, rotation, temperature
 from qwen_longctx.kv.store import Tensors
+from qwen_longctx.ops.decode import SEGMENTS, Reach, decode
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.vllm.pages import KINDS, Pieces, cut, gathered, positions, segment_table
@@ -179,7 +180,72 @@ class Mixed:
         return here
 
 
-AnyStep: TypeAlias = Step | Mixed
+class Decoding(NamedTuple):
+    """A step in which every request decodes one token, which reads all segments of a layer in one pass.
+
+    Attributes
+    ----------
+    reach : Reach
+        Of one token of each request, which are its rows.
+    table : torch.Tensor
+        Shape (requests, pages), int32: the block table.
+    """
+
+    reach: Reach
+    table: torch.Tensor
+    in_one_chunk = False  # within it too
+
+    def on(self, table: torch.Tensor, page_size: int) -> Decoding:
+        """The same step in the pages of another block table."""
+        return self._replace(table=table)
+
+
+class Reaches:
+    """Where decoded tokens look, in memory that stays where it is: a CUDA graph of a step reads it there.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    inv_freq : torch.Tensor
+        Shape (head_dim / 2,): rotary frequencies.
+    most : int
+        Requests of a step.
+    dtype : torch.dtype
+        Of the queries.
+    """
+
+    def __init__(self, geometry: Geometry, inv_freq: torch.Tensor, most: int, dtype: torch.dtype) -> None:
+        self._geometry, self._inv_freq, self.most = geometry, inv_freq, most
+        device = inv_freq.device
+        cos, sin = torch.zeros(2, SEGMENTS, most, 1, 1, 2 * len(inv_freq), dtype=dtype, device=device)
+        ranges = torch.zeros(most, 1, SEGMENTS, 2, dtype=torch.int32, device=device)
+        heat = torch.ones(most, 1, dtype=torch.float32, device=device)
+        self._all = Reach(cos, sin, ranges, heat, geometry.stride)
+
+    def of(self, lengths: torch.Tensor) -> Reach:
+        """Of the last token of each request, whose `lengths`, shape (requests,), are integers on the device.
+
+        Requests of 0 tokens, which fill up a graph, look nowhere. Valid until the next call.
+        """
+        stride, count = self._geometry.stride, len(lengths)
+        cos, sin, ranges, heat, _ = self._all
+        here = Reach(cos[:, :count], sin[:, :count], ranges[:count], heat[:count], stride)
+        where = (lengths.long() - 1).clamp(min=0)
+        spots = torch.stack([query_positions(kind, where, stride, self._geometry.chunk_size) for kind in KINDS])
+        table = rotation(spots, self._inv_freq, 1.0, cos.dtype)
+        here.cos.copy_(table.cos[:, :, None])
+        here.sin.copy_(table.sin[:, :, None])
+        chunk = where - where % stride
+        before = (chunk - stride).clamp(min=0)
+        borders = torch.stack((chunk, lengths.long(), before, chunk, torch.zeros_like(before), before), -1)
+        here.ranges.copy_(borders.view(count, 1, SEGMENTS, 2))
+        if self._geometry.attention_temperature:
+            trained = self._geometry.original_max_position_embeddings
+            here.heat.copy_(temperature((where + 1).double(), trained)[:, None])
+        return here
+
+
+AnyStep: TypeAlias = Step | Mixed | Decoding
 
 
 def lay_out(
@@ -231,18 +297,21 @@ def attend(q: torch.Tensor, step: AnyStep, kernel: PagedKernel, layer: Layer) ->
     ----------
     q : torch.Tensor
         Shape (rows, heads, head_dim), not rotated.
-    step : Step or Mixed
+    step : Step, Mixed or Decoding
         In its pages (`Step.on`).
     kernel : PagedKernel
         Of the same pages.
     layer : Layer
-        For parts that are prefilled sparsely.
+        For what does not go by `kernel`: decoded tokens, and parts that are prefilled sparsely.
 
     Returns
     -------
     torch.Tensor
         Like `q`.
     """
+    if isinstance(step, Decoding):
+        keys, values = layer.pages.transpose(1, 2).split(q.shape[2], dim=-1)
+        return decode(q[:, None], keys, values, step.reach, scale=layer.scale, table=step.table)[:, 0]
     if isinstance(step, Step):
         parts = [kernel(step.rotated(q, kind), segment) for kind, segment in step.segments.items()]
         return merge([(out[None], lse[None]) for out, lse in parts])[0][0]

@@ -14,7 +14,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
 from qwen_longctx.checkpoint import Heads
 from qwen_longctx.errors import MissingPackage, Unsupported
-from qwen_longctx.vllm.attention import Layer, lay_out
+from qwen_longctx.ops.decode import why_not
+from qwen_longctx.vllm.attention import AnyStep, Decoding, Layer, Reaches, lay_out
 from qwen_longctx.vllm.settings import DualChunk, refuse_cache, settings_of, uses_dual_chunk
 from qwen_longctx.vllm.sparse import RecallLog, SparsePrefill
 
@@ -78,6 +79,7 @@ class DualChunkBuilder:
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         found = [layer.impl for layer in layers.values() if getattr(layer.impl, "dual_chunk", None) is not None]
         self._settings: DualChunk | None = None
+        self._reaches: Reaches | None = None
         self._page_size = kv_cache_spec.block_size
         self._dtype = vllm_config.model_config.dtype
         if found:
@@ -85,38 +87,50 @@ class DualChunkBuilder:
             self._settings, self._sparse = first.dual_chunk, first.sparse
             self._settings.check_page_size(self._page_size)
             self._inv_freq = self._settings.inv_freq(device)
+            if decodes_in_one_pass(vllm_config, kv_cache_spec):
+                captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+                most = max(vllm_config.scheduler_config.max_num_seqs, captured)
+                self._reaches = Reaches(self._settings.geometry, self._inv_freq, most, self._dtype)
             self._log = RecallLog(self._sparse.name)
             self._sparse.announce(vllm_config.model_config.max_model_len)
             self.supports_draft_decode_metadata_update = False  # it would leave our part of the metadata behind
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """A graph of attention would hold the segments of the lengths that it was captured with."""
+        """Of steps in which every request decodes a token; others hold the segments of their own lengths."""
         if uses_dual_chunk(vllm_config.model_config.hf_text_config):
-            return AttentionCGSupport.NEVER
+            once = decodes_in_one_pass(vllm_config, kv_cache_spec)
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if once else AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The metadata of vLLM's own backend, with a step as its attribute `dual_chunk` where the model wants it."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         if self._settings is not None:
-            common = common_attn_metadata
-            size = {"longest": common.max_seq_len, "most_queries": common.max_query_len}
-            plan = self._sparse.plan(common.query_start_loc, common.seq_lens, **size)
-            self._log.step(plan)
-            step = lay_out(
-                plan,
-                self._settings.geometry,
-                self._inv_freq,
-                common.query_start_loc,
-                common.query_start_loc_cpu,
-                common.seq_lens,
-                rows=common.num_actual_tokens,
-                dtype=self._dtype,
-                **size,
-            )
-            metadata.dual_chunk = step.on(common.block_table_tensor, self._page_size)
+            metadata.dual_chunk = self._step(common_attn_metadata, self._settings)
         return metadata
+
+    def _step(self, common: Any, settings: DualChunk) -> AnyStep:
+        table, most_queries = common.block_table_tensor, common.max_query_len
+        one_each = most_queries == 1 and common.num_actual_tokens == len(common.seq_lens)
+        if self._reaches is not None and one_each and len(common.seq_lens) <= self._reaches.most:
+            self._log.step(None)
+            return Decoding(self._reaches.of(common.seq_lens), table)
+        size = {"longest": common.max_seq_len, "most_queries": most_queries}
+        plan = self._sparse.plan(common.query_start_loc, common.seq_lens, **size)
+        self._log.step(plan)
+        step = lay_out(
+            plan,
+            settings.geometry,
+            self._inv_freq,
+            common.query_start_loc,
+            common.query_start_loc_cpu,
+            common.seq_lens,
+            rows=common.num_actual_tokens,
+            dtype=self._dtype,
+            **size,
+        )
+        return step.on(table, self._page_size)
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         """The same step on other pages."""
@@ -124,6 +138,13 @@ class DualChunkBuilder:
         if self._settings is not None:
             updated.dual_chunk = metadata.dual_chunk.on(blk_table, self._page_size)
         return updated
+
+
+def decodes_in_one_pass(vllm_config: Any, kv_cache_spec: Any) -> bool:
+    """Whether a model with dual chunk attention decodes by `qwen_longctx.ops.decode` on its pages."""
+    model = vllm_config.model_config
+    kernel = settings_of(model.hf_text_config).settings.kernel
+    return not why_not(kernel, vllm_config.device_config.device, model.dtype, kv_cache_spec.head_size, 1)
 
 
 def check_signature(function: Callable[..., Any], *expected: str) -> None:
