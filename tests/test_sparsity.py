@@ -135,10 +135,17 @@ LIST_KERNELS = [
 @pytest.mark.parametrize(("name", "device"), LIST_KERNELS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(1, 128, 128, 2, 2), (2, 300, 700, 4, 2), (1, 256, 1000, 6, 1), (1, 130, 131, 3, 3)])
-def test_kernel_on_lists(name, device, causal, shape):
+@pytest.mark.parametrize(
+    ("size", "dim", "dtype"),
+    [
+        *((128, 64, torch.bfloat16), (64, 64, torch.bfloat16), (64, 128, torch.bfloat16), (64, 256, torch.float16)),
+        *((64, 64, torch.float32), (64, 128, torch.float32), (256, 128, torch.bfloat16)),
+    ],
+)
+def test_kernel_on_lists(name, device, causal, shape, size, dim, dtype):
     batch, queries, keys, heads, kv_heads = shape
-    size, dim = 128, 64
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if device == "cpu" and dtype != torch.float32:
+        pytest.skip("the same as of float32 there")
     if device == "cuda" and name != "reference":
         reason = ops.why_not(torch.device("cuda"), dtype, dim, size)[name]
         if reason:

@@ -10,8 +10,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_ma
 
 from qwen_longctx.ops import triton_runtime
 from qwen_longctx.ops.compact import BlockLists
-from qwen_longctx.ops.device import older_than
+from qwen_longctx.ops.device import HALF, older_than
 
+_LARGEST_TILE = 128  # queries or keys
 _VARIANTS = 64  # to compile: causal or not, one tile or many, whole tiles or not, models of other shapes
 
 
@@ -32,8 +33,18 @@ def flex(
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
             return_lse=True,
+            kernel_options=_options(q.dtype, blocks.size),
         )
     return out.transpose(1, 2), lse
+
+
+def _options(dtype: torch.dtype, size: int) -> dict[str, Any] | None:
+    """Tiles of PyTorch's kernel for blocks of fewer tokens than its own tiles, which it refuses by itself."""
+    if size >= _LARGEST_TILE:
+        return None
+    keys = size if dtype in HALF else size // 2  # what shared memory holds
+    # its other kernel, for few queries, has tiles that follow the heads
+    return {"BLOCK_M": size, "BLOCK_N": keys, "FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _room_for_variants() -> Any:
