@@ -52,6 +52,16 @@ def test_passkey_without_the_patch(capsys):
     assert main([*command, "--no-patch"]) == 0
 
 
+def test_passkey_with_settings_of_the_patch(tmp_path, capsys):
+    output = tmp_path / "passkey.json"
+    command = ["passkey", "--model", str(BUNDLED), "--lengths", "512", "--depths", "0.5", "--kv-cache", "int8"]
+    assert main([*command, "--sparse-decode", "0.5", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert (found["kv_cache"], found["sparse_decode"], found["sparse"]) == ("int8", 0.5, "auto")
+    assert main([*command, "--no-patch"]) == 2
+    assert "--no-patch runs stock transformers, which has no kv_cache" in capsys.readouterr().err
+
+
 def test_passkey_refuses_a_depth(capsys):
     with pytest.raises(SystemExit):
         main(["passkey", "--model", str(BUNDLED), "--lengths", "256", "--depths", "2"])
@@ -285,7 +295,7 @@ def test_plot_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "speed.png"
     assert main(["plot", str(RESULTS / "speed.json"), "--output", str(picture)]) == 0
-    both = [str(RESULTS / name) for name in ("decode.json", "decode_int8.json")]
+    both = [str(RESULTS / name) for name in ("decode_h200.json", "decode_int8_h200.json")]
     assert main(["plot", *both, "--output", str(picture)]) == 0
     assert main(["plot", str(RESULTS / "pipeline_simulation.json"), "--output", str(picture)]) == 0
     assert picture.stat().st_size > 1000

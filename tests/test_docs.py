@@ -444,23 +444,77 @@ def test_pipeline_figures():
 
 
 def test_decode_figures():
-    table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "stock"])[1:]
-    for (length, stock, ours, share, alone, eager), row in zip(table, rows_of("decode.json"), strict=True):
-        assert number(length) == row["tokens"]
-        assert stock == (f"{row['stock_ms']:.1f} ms" if "stock_ms" in row else ""), length
-        assert ours == f"{row['patched_ms']:.1f} ms" and share == f"{100 * row['patched_share_of_bandwidth']:.0f} %"
-        assert alone == f"{row['attention_pass_ms']:.1f} ms" and eager == f"{row['without_graphs_ms']:.1f} ms", length
+    h100, h200 = (t[1:] for t in tables(PERFORMANCE) if t[0][0] == "tokens in the cache" and t[0][2] == "patched")
+    for table, name in ((h200, "decode_h200.json"), (h100, "decode.json")):
+        for (length, stock, ours, share, alone, eager), row in zip(table, rows_of(name), strict=True):
+            assert number(length) == row["tokens"]
+            assert stock == (f"{row['stock_ms']:.1f} ms" if "stock_ms" in row else ""), length
+            assert ours == f"{row['patched_ms']:.1f} ms" and share == f"{100 * row['patched_share_of_bandwidth']:.0f} %"
+            assert alone == f"{row['attention_pass_ms']:.1f} ms" and eager == f"{row['without_graphs_ms']:.1f} ms"
     said = f"decoded in {ours} on an H100, {share} of what reading weights and cache allows"
     assert said in re.sub(r"\s+", " ", README.read_text())
 
 
-def test_decode_figures_in_8_bits():
+def test_decode_figures_of_other_caches():
     table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "int8"])[1:]
     names = ("patched", "attention_pass", "sparse", "attention_sparse")
-    for (length, *cells), row in zip(table, rows_of("decode_int8.json"), strict=True):
+    for (length, *cells), row in zip(table, rows_of("decode_int8_h200.json"), strict=True):
         assert number(length) == row["tokens"] and cells == [f"{row[f'{name}_ms']:.1f} ms" for name in names]
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "sparse-decode.md").read_text())
     said = f"{cells[2].removesuffix(' ms')} with 5 % of the keys, {cells[0].removesuffix(' ms')} with all"
-    assert said in re.sub(r"\s+", " ", (ROOT / "docs" / "sparse-decode.md").read_text())
+    assert said in page and f"{rows_of('decode_h200.json')[-1]['patched_ms']:.1f} with all of them in bf16" in page
+    table = next(t for t in tables(PERFORMANCE) if t[0][:2] == ["tokens in the cache", "host"])[1:]
+    for (length, *cells), row in zip(table, rows_of("decode_host_h200.json"), strict=True):
+        assert number(length) == row["tokens"]
+        assert cells == [f"{row['patched_ms']:.0f} ms", f"{row['sparse_ms']:.0f} ms"]
+
+
+def test_quality_of_8_bits():
+    def compared(name):
+        return {(line.task, line.mode): line for line in summarize(rows_of(f"eval/{name}.json"), "dense")}
+
+    cache, linear, ruler = map(compared, ("cache_texts_131072", "linear_texts_32768", "eight_bit_ruler_32768"))
+    modes = ((cache, "dense:kv_cache=int8"), (cache, "dense:kv_cache=fp8"), (linear, "dense:linear=fp8"))
+    texts = next(t for t in tables(QUALITY) if t[0][:2] == ["text", '`kv_cache="int8"`'])[1:]
+    assert len(texts) == 14
+    for name, *cells in texts:
+        assert cells == [signed(lines[name.strip("`"), mode].nll_over_base.mean) for lines, mode in modes], name
+    points, nll = next(t for t in tables(QUALITY) if t[0][:2] == ["RULER", '`kv_cache="int8"`'])[1:]
+    of = [ruler["ruler_*", mode] for mode in ("dense:kv_cache=int8", "dense:linear=fp8")]
+    assert points[1:] == [with_interval(one.score_over_base, 100, 1) for one in of]
+    assert nll[1:] == [with_interval(one.nll_over_base) for one in of]
+    for kind in ("int8", "fp8"):
+        found = json.loads((RESULTS / f"passkey_{kind}.json").read_text())["records"]
+        assert [one["correct"] for one in found] == [True] * 5
+
+
+def test_quality_of_sparse_decode():
+    rows = rows_of("eval/sparse_decode_1_131072.json", "eval/sparse_decode_2_131072.json")
+    lines = {(line.task, line.mode): line for line in summarize(rows, "dense")}
+    modes = [f"dense:sparse_decode={share},sparse_decode_threshold=1" for share in (0.05, 0.2)]
+    (table,) = (t for t in tables(ROOT / "docs" / "sparse-decode.md") if t[0][0] == "task")
+    assert len(table) == 15
+    for name, *cells in table[1:]:
+        over = [lines[name.strip("`"), mode] for mode in modes]
+        wanted = [(signed(100 * one.score_over_base.mean, 1), signed(one.nll_over_base.mean)) for one in over]
+        assert cells == [cell for pair in wanted for cell in pair], name
+
+
+def test_vllm_figures():
+    vllm, ours, _ = rows_of("vllm_262144.json")
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "serving.md").read_text())
+    first = f"took {vllm['first_token_seconds']:.1f} seconds to the first token in vLLM 0.26.0, and {ours['first_token_seconds']:.1f}"
+    assert first in page and f"A token took {vllm['token_ms']:.1f} ms there and {ours['token_ms']:.1f} here" in page
+
+
+def test_runs_at_the_edge_of_memory():
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "memory.md").read_text())
+    plans = []
+    for name in ("memory_48gb_h200", "memory_14b_h200"):
+        (row,) = rows_of(f"{name}.json")
+        assert f"{row['peak_bytes'] / 1e9:.1f} GB" in page and f"and {row['seconds']:.1f} seconds" in page
+        plans.append(f"{row['plan_bytes'] / 1e9:.1f}")
+    assert f"The estimates were {' and '.join(plans)} GB" in page
 
 
 def test_speed_without_flash_attention():
@@ -474,16 +528,16 @@ def test_speed_without_flash_attention():
 
 def test_start_figures():
     table = next(t for t in tables(PERFORMANCE) if t[0][0] == "process")[1:]
-    for (_, *cells), row in zip(table, rows_of("start.json"), strict=True):
+    for (_, *cells), row in zip(table, rows_of("start_h200.json"), strict=True):
         before = f"{row['warm_up_seconds']:.1f} s" if "warm_up_seconds" in row else ""
         assert cells == [before, f"{row['first_seconds']:.1f} s", f"{row['again_seconds']:.1f} s"]
 
 
 def test_fp8_figures():
     page = re.sub(r"\s+", " ", PERFORMANCE.read_text())
-    (fast,), (plain,) = rows_of("speed_fp8.json"), rows_of("speed_auto.json")
+    (fast,), (plain,) = rows_of("speed_1000000_fp8_h200.json"), rows_of("speed_1000000_h200.json")
     assert f"{fast['sparse_seconds']:.1f} seconds in place of {plain['sparse_seconds']:.1f}" in page
-    by = {row["tokens"]: row for row in rows_of("linear.json")}
+    by = {row["tokens"]: row for row in rows_of("linear_h200.json")}
     long, one = by[32_768], by[1]
     kinds = ("bf16", "fp8", "bare")
     assert (
@@ -495,10 +549,14 @@ def test_fp8_figures():
 
 def test_host_figures():
     page = re.sub(r"\s+", " ", (ROOT / "docs" / "memory.md").read_text())
-    (row,), (card,) = rows_of("speed_host.json"), rows_of("speed_auto.json")
+    (row,), (card,) = rows_of("speed_host_h200.json"), rows_of("speed_1000000_h200.json")
     peak = f"{row['sparse_peak_allocated_bytes'] / 1e9:.1f} GB allocated at the peak"
     assert f"prefilled sparsely in {row['sparse_seconds']:.1f} seconds, with {peak}" in page
     assert f"the list kernel `{row['list_kernel']}`" in page and f"it takes {card['sparse_seconds']:.1f} " in page
+    for row in rows_of("decode_host_h200.json"):
+        shown = row["patched_ms"] / 1000
+        assert (f"{shown:.2f} seconds a token" if shown > 1 else f"{1000 * shown:.0f} ms at 131,072") in page
+    assert f"share of 0.05, {row['sparse_ms']:.0f} ms" in page
 
 
 def test_dense_against_yarn(main_rows, main_lines):
@@ -568,7 +626,12 @@ def test_figures_before_and_after():
 
 def test_breakdown_figures():
     (longest,) = (row for row in rows_of("speed_h200.json") if row["tokens"] == 1_000_000)
-    parts = longest["sparse_breakdown_seconds"]
+    (latest,) = rows_of("speed_1000000_h200.json")
+    parts = latest["sparse_breakdown_seconds"]
+    parts["rest"] += sum(parts[name] for name in ("norm", "rotation", "swiglu"))
+    assert f"a million tokens take {latest['sparse_seconds']:.1f} seconds" in re.sub(
+        r"\s+", " ", PERFORMANCE.read_text()
+    )
     (table,) = (t for t in tables(ROOT / "docs" / "performance.md") if t[0] == ["part", "seconds"])
     keys = ("linear", "attention", "selection", "recall", "merge", "rest")
     for key, (_, cell) in zip(keys, table[1:], strict=True):
