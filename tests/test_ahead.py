@@ -61,6 +61,30 @@ def test_it_launches_all_that_a_long_prompt_launches(family, how, monkeypatch):
     needed = set(launches)
     assert {"_keep", "_norm", "_rotate", "_merge"} <= {kernel for kernel, _ in needed}
     assert needed <= known, [kernel for kernel, _ in needed - known]
+    with recorded() as launches, torch.no_grad():  # within the first chunk
+        model(torch.randint(1, 97, (1, 384)), past_key_values=LongContextCache(1 << 15), logits_to_keep=1)
+    needed = set(launches)
+    assert {"_keep", "_norm", "_rotate", "_merge"} <= {kernel for kernel, _ in needed}
+    with recorded() as launches:
+        for jobs in ahead.kernels(
+            shapes, request.prompt.options, tile, request.settings.last_q, 1024, beyond=False
+        ).values():
+            for job in jobs:
+                job()
+    assert needed <= set(launches) < known
+
+
+def test_attention_on_lists_is_compiled_for_the_chunks_that_there_are(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ahead.ops, "list_kernel", lambda *_: "fa4")
+    monkeypatch.setattr(ahead.ops, "on_lists", lambda _: lambda *_, causal, **how: calls.append(causal))
+    monkeypatch.setattr(ahead, "_in_threads", lambda: True)
+    model = patch_qwen(tiny_model(**SHAPE), **LONG)
+    ahead._compile.cache_clear()
+    for tokens in (200, 384, 385, 1536):
+        ahead.compile_ahead(request_of(model, tokens), shapes_of(model.model, CPU), tokens)
+    assert calls == [True, True, False]
+    ahead._compile.cache_clear()
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
@@ -94,7 +118,7 @@ def test_once_a_process_and_failures_are_left_to_the_run(monkeypatch):
     for tokens in (1000, 1536, 131_072, 131_073, 131_073):
         ahead.compile_ahead(request_of(model, tokens), shapes_of(model.model, CPU), tokens)
     assert settings_of(model).tile == 128
-    assert [asked[-1] for asked in ran] == [1024, 2048]  # blocks
+    assert [asked[-2] for asked in ran] == [1024, 2048]  # blocks
     patch_qwen(model, **{**LONG, "fidelity": "careful"})
     ahead.compile_ahead(request_of(model), shapes_of(model.model, CPU), 1000)
     assert len(ran) == 3

@@ -66,8 +66,9 @@ def compile_ahead(request: Request, shapes: Shapes, length: int) -> None:
     """
     if request.name == "block_scores" and _in_threads():
         blocks = max(_NARROWEST, 1 << (-(-length // request.settings.tile) - 1).bit_length())
-        kernel = request.settings.kernel
-        _compile(shapes, request.prompt.options, request.settings.tile, kernel, request.settings.last_q, blocks)
+        settings = request.settings
+        beyond = length > settings.stride
+        _compile(shapes, request.prompt.options, settings.tile, settings.kernel, settings.last_q, blocks, beyond)
 
 
 def _in_threads() -> bool:
@@ -78,12 +79,12 @@ def _in_threads() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _compile(shapes: Shapes, options: Any, tile: int, kernel: str, last_q: int, blocks: int) -> None:
+def _compile(shapes: Shapes, options: Any, tile: int, kernel: str, last_q: int, blocks: int, beyond: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    groups = kernels(shapes, options, tile, last_q, blocks).values()
+    groups = kernels(shapes, options, tile, last_q, blocks, beyond).values()
     with ThreadPoolExecutor(min(_MOST_THREADS, cores, len(groups)), "compile") as pool:
         running = [pool.submit(_quietly, group) for group in groups]
-        _quietly([partial(attention_on_lists, shapes, tile, kernel)])  # whose compiler is not made for threads
+        _quietly([partial(attention_on_lists, shapes, tile, kernel, beyond)])  # whose compiler is not made for threads
     for one in running:
         one.result()
 
@@ -98,12 +99,13 @@ def _quietly(jobs: Iterable[Callable[[], Any]]) -> None:
 
 
 def kernels(
-    shapes: Shapes, options: block_scores.Options, tile: int, last_q: int, blocks: int
+    shapes: Shapes, options: block_scores.Options, tile: int, last_q: int, blocks: int, beyond: bool = True
 ) -> dict[str, list[Callable[[], Any]]]:
     """Calls on a few numbers, one for each variant of each Triton kernel, by its name.
 
     Calls of one kernel belong in one thread: Triton makes the dictionary of its variants at the first. `blocks` is the
-    least power of two that is no less than the blocks of keys of the prompt.
+    least power of two that is no less than the blocks of keys of the prompt. `beyond` its first chunk
+    attention comes in more parts to merge.
     """
     device, dtype, heads, kv_heads, head_dim, hidden, inner, normed_heads, eight_bits = shapes
     new = partial(torch.zeros, device=device, dtype=dtype)
@@ -119,7 +121,7 @@ def kernels(
         "_block_shares": [partial(block_shares, *scored, rows=rows, per_block=means, scale=1.0)],
         "_keep": [partial(_choose, shapes, options, tile, width) for width in widths],
         "_row_lse": [partial(row_lse, q[:, :last_q], k, limits[:last_q], scale=1.0)],
-        "_merge": [partial(merge, [(q, lse)] * parts) for parts in (2, 3)],
+        "_merge": [partial(merge, [(q, lse)] * parts) for parts in ((2, 3) if beyond else (2,))],
         "_compact": [partial(compact, torch.zeros(1, heads, 2, 2, dtype=torch.bool, device=device), tile)],
         "_rotate": [partial(rotate_triton, q, table, table)],
         "_norm": [partial(norm.rms_norm, wide, weight, 1e-6)],  # of the last hidden states
@@ -156,8 +158,11 @@ def _choose(shapes: Shapes, options: block_scores.Options, tile: int, blocks: in
     block_scores.best_blocks(view, estimates, torch.ones(shapes.heads, device=shapes.device), Prompt(options, 1.0, 1))
 
 
-def attention_on_lists(shapes: Shapes, tile: int, kernel: str) -> None:
-    """A call of flash-attn-4, causal and not, where it takes the lists: other engines compile for each length anew."""
+def attention_on_lists(shapes: Shapes, tile: int, kernel: str, beyond: bool = True) -> None:
+    """A call of flash-attn-4 where it takes the lists: other engines compile for each length anew.
+
+    A causal one, and one that is not for the keys of earlier chunks, of prompts that go `beyond` the first.
+    """
     device, dtype = shapes.device, shapes.dtype
     name = ops.list_kernel(kernel, device, dtype, shapes.head_dim, tile)
     if name != "fa4":
@@ -165,5 +170,5 @@ def attention_on_lists(shapes: Shapes, tile: int, kernel: str) -> None:
     q = torch.zeros(1, 2 * tile, shapes.heads, shapes.head_dim, device=device, dtype=dtype)
     k = torch.zeros(1, 2 * tile, shapes.kv_heads, shapes.head_dim, device=device, dtype=dtype)
     seen = torch.ones(2, 2, dtype=torch.bool, device=device).tril().expand(1, shapes.heads, 2, 2)
-    for causal in (True, False):
+    for causal in (True, False)[: 1 + beyond]:
         ops.on_lists(name)(q, k, k, blocks=compact(seen, tile), causal=causal, scale=1.0)

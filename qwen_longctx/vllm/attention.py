@@ -193,7 +193,11 @@ class Decoding(NamedTuple):
 
     reach: Reach
     table: torch.Tensor
-    in_one_chunk = False  # within it too
+
+    @property
+    def in_one_chunk(self) -> bool:
+        """Whether attention is that of other models: also within a chunk it goes the one way that a graph holds."""
+        return False
 
     def on(self, table: torch.Tensor, page_size: int) -> Decoding:
         """The same step in the pages of another block table."""
