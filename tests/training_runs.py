@@ -127,10 +127,12 @@ def _and_leave(work: Callable[[], Any]) -> NoReturn:
 
 
 def _standing(output: Path) -> tuple[int, int]:
-    """Steps that are in the log, and in the state."""
-    logged = [row["step"] + 1 for row in _readable(output / "log.jsonl") if "step" in row]
+    """Steps that are in the log, and in the state; in the result, which the state gives way to."""
+    done = max((row["step"] + 1 for row in _readable(output / "log.jsonl") if "step" in row), default=0)
+    if (output / loop.RESULT).exists():
+        return done, done
     state = output / "state.pt"
-    return max(logged, default=0), torch.load(state, weights_only=True)["step"] if state.exists() else 0
+    return done, torch.load(state, weights_only=True)["step"] if state.exists() else 0
 
 
 def _readable(log: Path) -> list[dict[str, Any]]:
