@@ -49,7 +49,8 @@ def test_it_launches_all_that_a_long_prompt_launches(family, how, monkeypatch):
     request = request_of(model)
     with recorded() as launches:
         shapes, tile = shapes_of(model.model, CPU), request.settings.tile
-        for name, jobs in ahead.kernels(shapes, request.prompt.options, tile, request.settings.last_q, 1024).items():
+        asked = request.prompt.options, tile, request.settings.last_q, 1024
+        for name, jobs in ahead.kernels(shapes, *asked, beyond=True).items():
             before = len(launches)
             for job in jobs:
                 job()
@@ -66,9 +67,7 @@ def test_it_launches_all_that_a_long_prompt_launches(family, how, monkeypatch):
     needed = set(launches)
     assert {"_keep", "_norm", "_rotate", "_merge"} <= {kernel for kernel, _ in needed}
     with recorded() as launches:
-        for jobs in ahead.kernels(
-            shapes, request.prompt.options, tile, request.settings.last_q, 1024, beyond=False
-        ).values():
+        for jobs in ahead.kernels(shapes, *asked, beyond=False).values():
             for job in jobs:
                 job()
     assert needed <= set(launches) < known
@@ -93,7 +92,7 @@ def test_calls_are_such_as_their_functions_take(eight_bits):
     model = patch_qwen(tiny_model("qwen3", hidden_size=64, **SHAPE), **LONG)
     request = request_of(model)
     shapes = shapes_of(model.model, CPU)._replace(eight_bits=eight_bits)
-    groups = ahead.kernels(shapes, request.prompt.options, request.settings.tile, 64, 4096)
+    groups = ahead.kernels(shapes, request.prompt.options, request.settings.tile, 64, 4096, beyond=True)
     jobs = [job for group in groups.values() for job in group]
     for job in jobs:
         if job.func is not ahead.rotate_triton:  # which is no more than the kernel

@@ -65,8 +65,8 @@ def compile_ahead(request: Request, shapes: Shapes, length: int) -> None:
     message, when it is needed.
     """
     if request.name == "block_scores" and _in_threads():
-        blocks = max(_NARROWEST, 1 << (-(-length // request.settings.tile) - 1).bit_length())
         settings = request.settings
+        blocks = max(_NARROWEST, 1 << (-(-length // settings.tile) - 1).bit_length())
         beyond = length > settings.stride
         _compile(shapes, request.prompt.options, settings.tile, settings.kernel, settings.last_q, blocks, beyond)
 
@@ -99,13 +99,13 @@ def _quietly(jobs: Iterable[Callable[[], Any]]) -> None:
 
 
 def kernels(
-    shapes: Shapes, options: block_scores.Options, tile: int, last_q: int, blocks: int, beyond: bool = True
+    shapes: Shapes, options: block_scores.Options, tile: int, last_q: int, blocks: int, beyond: bool
 ) -> dict[str, list[Callable[[], Any]]]:
     """Calls on a few numbers, one for each variant of each Triton kernel, by its name.
 
     Calls of one kernel belong in one thread: Triton makes the dictionary of its variants at the first. `blocks` is the
-    least power of two that is no less than the blocks of keys of the prompt. `beyond` its first chunk
-    attention comes in more parts to merge.
+    least power of two that is no less than the blocks of keys of the prompt. `beyond` its first chunk attention
+    comes in more parts to merge.
     """
     device, dtype, heads, kv_heads, head_dim, hidden, inner, normed_heads, eight_bits = shapes
     new = partial(torch.zeros, device=device, dtype=dtype)
@@ -158,7 +158,7 @@ def _choose(shapes: Shapes, options: block_scores.Options, tile: int, blocks: in
     block_scores.best_blocks(view, estimates, torch.ones(shapes.heads, device=shapes.device), Prompt(options, 1.0, 1))
 
 
-def attention_on_lists(shapes: Shapes, tile: int, kernel: str, beyond: bool = True) -> None:
+def attention_on_lists(shapes: Shapes, tile: int, kernel: str, beyond: bool) -> None:
     """A call of flash-attn-4 where it takes the lists: other engines compile for each length anew.
 
     A causal one, and one that is not for the keys of earlier chunks, of prompts that go `beyond` the first.
@@ -170,5 +170,5 @@ def attention_on_lists(shapes: Shapes, tile: int, kernel: str, beyond: bool = Tr
     q = torch.zeros(1, 2 * tile, shapes.heads, shapes.head_dim, device=device, dtype=dtype)
     k = torch.zeros(1, 2 * tile, shapes.kv_heads, shapes.head_dim, device=device, dtype=dtype)
     seen = torch.ones(2, 2, dtype=torch.bool, device=device).tril().expand(1, shapes.heads, 2, 2)
-    for causal in (True, False)[: 1 + beyond]:
+    for causal in (True, False) if beyond else (True,):
         ops.on_lists(name)(q, k, k, blocks=compact(seen, tile), causal=causal, scale=1.0)

@@ -11,10 +11,12 @@ import torch
 from qwen_longctx import ops
 from qwen_longctx.attention import dense
 from qwen_longctx.config import Geometry
+from qwen_longctx.geometry.layout import RotarySource
 from qwen_longctx.geometry.positions import Kind, query_positions
 from qwen_longctx.geometry.rotary import rotate, rotation, temperature
+from qwen_longctx.geometry.step import Numbers, tables
 from qwen_longctx.kv.store import Tensors
-from qwen_longctx.ops.decode import SEGMENTS, Reach, decode
+from qwen_longctx.ops.decode import Reach, decode
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.vllm.pages import KINDS, Pieces, cut, gathered, positions, segment_table
@@ -219,34 +221,31 @@ class Reaches:
     """
 
     def __init__(self, geometry: Geometry, inv_freq: torch.Tensor, most: int, dtype: torch.dtype) -> None:
-        self._geometry, self._inv_freq, self.most = geometry, inv_freq, most
-        device = inv_freq.device
-        cos, sin = torch.zeros(2, SEGMENTS, most, 1, 1, 2 * len(inv_freq), dtype=dtype, device=device)
-        ranges = torch.zeros(most, 1, SEGMENTS, 2, dtype=torch.int32, device=device)
-        heat = torch.ones(most, 1, dtype=torch.float32, device=device)
-        self._all = Reach(cos, sin, ranges, heat, geometry.stride)
+        self._geometry, self._rotary, self._dtype, self.most = geometry, RotarySource(inv_freq, 1.0), dtype, most
+        self._all = self._worked_out(torch.zeros(most, dtype=torch.int64, device=inv_freq.device))
 
     def of(self, lengths: torch.Tensor) -> Reach:
         """Of the last token of each request, whose `lengths`, shape (requests,), are integers on the device.
 
         Requests of 0 tokens, which fill up a graph, look nowhere. Valid until the next call.
         """
-        stride, count = self._geometry.stride, len(lengths)
-        cos, sin, ranges, heat, _ = self._all
+        cos, sin, ranges, heat, stride = self._all
+        count = len(lengths)
         here = Reach(cos[:, :count], sin[:, :count], ranges[:count], heat[:count], stride)
-        where = (lengths.long() - 1).clamp(min=0)
-        spots = torch.stack([query_positions(kind, where, stride, self._geometry.chunk_size) for kind in KINDS])
-        table = rotation(spots, self._inv_freq, 1.0, cos.dtype)
-        here.cos.copy_(table.cos[:, :, None])
-        here.sin.copy_(table.sin[:, :, None])
-        chunk = where - where % stride
-        before = (chunk - stride).clamp(min=0)
-        borders = torch.stack((chunk, lengths.long(), before, chunk, torch.zeros_like(before), before), -1)
-        here.ranges.copy_(borders.view(count, 1, SEGMENTS, 2))
-        if self._geometry.attention_temperature:
-            trained = self._geometry.original_max_position_embeddings
-            here.heat.copy_(temperature((where + 1).double(), trained)[:, None])
+        for held, new in zip(here[:-1], self._worked_out(lengths.long())[:-1], strict=True):
+            held.copy_(new)
         return here
+
+    def _worked_out(self, lengths: torch.Tensor) -> Reach:
+        stride, where = self._geometry.stride, (lengths - 1).clamp(min=0)
+        chunk = where - where % stride
+        before, nothing = (chunk - stride).clamp(min=0), torch.zeros_like(chunk)
+        spots = [query_positions(kind, where, stride, self._geometry.chunk_size) for kind in KINDS]
+        table = torch.stack((*spots, chunk, lengths, before, chunk, nothing, before), -1)[:, None].int()
+        heat = torch.ones(len(lengths), 1, dtype=torch.float32, device=lengths.device)
+        if self._geometry.attention_temperature:
+            heat = temperature((where + 1).double(), self._geometry.original_max_position_embeddings)[:, None].float()
+        return tables(Numbers(table, heat), len(lengths), stride, rotary=self._rotary, dtype=self._dtype)[1]
 
 
 AnyStep: TypeAlias = Step | Mixed | Decoding
