@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from packaging.version import Version
 from transformers import AutoTokenizer, GenerationConfig
@@ -75,11 +75,14 @@ def test_continuous_batching_is_refused_by_name(capsys):
 def test_a_text_ends_before_its_first_stop_string():
     assert cut("a b c", ["c", "b"]) == "a "
     assert cut("a b c", ["x"]) == cut("a b c", []) == "a b c"
+    assert cut("xyz", ["xyz", "y"]) == "x"  # which ended the answer
+    assert cut("xyz", ["yz", "xyz", "z"]) == ""
 
 
 texts = st.text("ab\n", max_size=12)
 
 
+@example(["\nb", "\n"], ["\nb\n", "b"])
 @given(st.lists(texts, max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_pieces_are_cut_as_the_whole_text_is(pieces, stops):
     """Every stop string is found, also where it begins in one piece and ends in another; nothing else is lost."""

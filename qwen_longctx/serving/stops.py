@@ -11,8 +11,12 @@ from transformers import StoppingCriteria
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of `stops`."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+    """`text` up to the one of `stops` that is complete first; of those that end together, the longest.
+
+    So what follows changes nothing: another one that begins earlier and ends later is no part of an answer any more.
+    """
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)[1]] if found else text
 
 
 class StopsAt(StoppingCriteria):
