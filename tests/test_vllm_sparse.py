@@ -116,6 +116,7 @@ def test_pages_are_attended_to_as_tensors_are(requests, page, rule, layer):
             (r.layer, r.start, r.stop, int(r.kept), r.pairs) for r in theirs.records
         ]
         torch.testing.assert_close(ours.records[0].recall, theirs.records[0].recall)
+        assert sum(r.pairs for r in ours.dense) == sum(r.pairs for r in theirs.dense)
 
 
 @pytest.mark.parametrize("requests", [[(0, 200), (90, 1)], [(0, 200)]])
@@ -137,8 +138,14 @@ def test_some_of_it_is_sparse():
     dual, _, sparse = prefill(density=0.3, sparse="block_scores")
     batch = Batch(LONG)
     plan = sparse.plan(batch.starts, batch.lengths, **batch.size())
-    assert [part.number for part in plan.parts] == [0, 2, 3, 6] and plan.others == (1, 4, 5)
-    assert (plan.longest, plan.most_queries) == (201, 40)
+    assert [part.number for part in plan.parts] == [0, 2, 3, 6] and plan.longest == 416
+    assert plan.queries == (64, 1, 64, 64, 40, 0, 64)  # two tiles at the end of a part
+    assert [(part.end[0].start, part.end[-1].stop) for part in plan.parts] == [
+        (166, 230),
+        (134, 198),
+        (128, 192),
+        (352, 416),
+    ]
     numbers = Numbers(batch, dual)
     attended(numbers.rows, batch.step(dual, plan=plan), numbers.pages)
     states = [part.layout.sparse.state for part in plan.parts]
@@ -308,7 +315,7 @@ def state_of(recall, kept, layers=2):
 
 def step_of(*states):
     parts = [SimpleNamespace(layout=SimpleNamespace(sparse=SimpleNamespace(state=state))) for state in states]
-    return Plan(tuple(parts), (), 0, 0)
+    return Plan(tuple(parts), (), 0)
 
 
 def test_recall_is_told_after_a_prompt_and_now_and_then(caplog):

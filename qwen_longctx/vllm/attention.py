@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -155,29 +156,26 @@ class Step:
 
 
 class Mixed:
-    """A step with `parts` of prompts that are prefilled sparsely, and the `rest` of it, if there is any.
+    """A step with `parts` of prompts that are prefilled sparsely.
 
     Parameters
     ----------
     parts : tuple of Part
-    others : torch.Tensor
-        Shape (others,), int64: numbers of the other requests.
     rows : torch.Tensor
-        Shape (rows,), int64: the rows of their queries.
-    rest : Step, optional
-        Of these requests.
+        Shape (rows,), int64: the rows of all other queries.
+    rest : Step
+        Of these queries.
     """
 
     in_one_chunk = False
 
-    def __init__(self, parts: tuple[Part, ...], others: torch.Tensor, rows: torch.Tensor, rest: Step | None) -> None:
-        self.parts, self.others, self.rows, self.rest = parts, others, rows, rest
+    def __init__(self, parts: tuple[Part, ...], rows: torch.Tensor, rest: Step) -> None:
+        self.parts, self.rows, self.rest = parts, rows, rest
         self.tables: list[torch.Tensor] = []
 
     def on(self, table: torch.Tensor, page_size: int) -> Mixed:
         """See `Step.on`. The `tables` of the parts are their rows of the table."""
-        rest = None if self.rest is None else self.rest.on(table[self.others], page_size)
-        here = Mixed(self.parts, self.others, self.rows, rest)
+        here = Mixed(self.parts, self.rows, self.rest.on(table, page_size))
         here.tables = [table[part.number] for part in self.parts]
         return here
 
@@ -271,26 +269,17 @@ def lay_out(
     beside = torch.ones(rows, dtype=torch.bool)
     for part in plan.parts:
         beside[part.rows] = False
-    others = torch.tensor(plan.others, dtype=torch.int64)
-    there = others.to(lengths.device)
     where = beside.nonzero().squeeze(1).to(lengths.device)
-    rest = None
-    if plan.most_queries:
-        rest = step(
-            _starts_of(starts, there),
-            _starts_of(starts_host, others),
-            lengths[there],
-            rows=len(where),
-            longest=plan.longest,
-            most_queries=plan.most_queries,
-        )
-    return Mixed(plan.parts, there, where, rest)
-
-
-def _starts_of(starts: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
-    """`starts` of a step that holds some of its requests alone."""
-    counts = starts.diff()[requests]
-    return torch.cat((starts[:1], counts.cumsum(0, dtype=starts.dtype)))
+    first_rows = torch.tensor([0, *accumulate(plan.queries)], dtype=starts.dtype)
+    rest = step(
+        first_rows.to(starts.device),
+        first_rows,
+        lengths,
+        rows=len(where),
+        longest=plan.longest,
+        most_queries=max(plan.queries),
+    )
+    return Mixed(plan.parts, where, rest)
 
 
 def attend(q: torch.Tensor, step: AnyStep, kernel: PagedKernel, layer: Layer) -> torch.Tensor:
@@ -322,9 +311,10 @@ def attend(q: torch.Tensor, step: AnyStep, kernel: PagedKernel, layer: Layer) ->
     for part, table in zip(step.parts, step.tables, strict=True):
         kv = Tensors(*gathered(layer.pages, table, part.layout.length))
         out[part.rows] = dense.attend(q[part.rows][None], kv, part.layout, layer.scale, layer.number)[0]
+        for span in part.end:
+            part.layout.sparse.observe_dense(layer.number, span, q.shape[1])
         del kv  # of a long prompt gigabytes, and the next part's are as large
-    if step.rest is not None:
-        out[step.rows] = attend(q[step.rows], step.rest, kernel, layer)
+    out[step.rows] = attend(q[step.rows], step.rest, kernel, layer)
     return out
 
 

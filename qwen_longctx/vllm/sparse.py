@@ -3,7 +3,9 @@
 An engine reads a prompt in parts, one a step, and tells a backend neither how long the prompt is nor whether this is
 its last part. Nothing is kept between steps but the pages. So each part is treated as a call of its own on what is
 cached (`geometry.layout.Call`): what counts is the length so far, the end of every part attends to everything as the
-end of a prompt does, and budgets are not steered.
+end of a prompt does, and budgets are not steered. These ends are a few hundred queries over all keys, and every part
+has one: the engine's own kernel attends from them, which divides keys over the device, together with the other requests
+of the step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ import torch
 from qwen_longctx.attention.ahead import Shapes, compile_ahead
 from qwen_longctx.checkpoint import Heads, Shape
 from qwen_longctx.geometry.layout import Call, Layout, RotarySource, make_layout
+from qwen_longctx.geometry.positions import Span, spans
 from qwen_longctx.prefill.memory import kv_bytes
 from qwen_longctx.prefill.peak import Prefill
 from qwen_longctx.sparsity import Request, SparseState, make_request, rule_for, rule_name
@@ -31,39 +35,41 @@ _PAUSE, _OVERDUE = 10, 60  # seconds
 
 
 class Part(NamedTuple):
-    """A part of a prompt that is prefilled sparsely in this step.
+    """A part of a prompt that is prefilled sparsely in this step, but for its end.
 
     Attributes
     ----------
     number : int
         Of the request in the step.
     rows : slice
-        Rows of its queries.
+        Rows of its queries without the end.
     layout : Layout
-        Of its tokens as a call of one row; ``layout.length`` keys are in the pages of the request.
+        Of these as a forward of one row; ``layout.length`` of the keys in the pages of the request come into it.
+    end : tuple of Span
+        The last tokens, which attend to everything.
     """
 
     number: int
     rows: slice
     layout: Layout
+    end: tuple[Span, ...]
 
 
 class Plan(NamedTuple):
-    """A step in two: the parts that are prefilled sparsely, and the other requests.
+    """A step in two: the parts that are prefilled sparsely, and all queries that attend to everything.
 
     Attributes
     ----------
     parts : tuple of Part
-    others : tuple of int
-        Numbers of the other requests.
-    longest, most_queries : int
-        The most tokens and queries of one of them, 0 if there is none.
+    queries : tuple of int
+        How many of the last queries of every request attend to everything.
+    longest : int
+        The most tokens of a request.
     """
 
     parts: tuple[Part, ...]
-    others: tuple[int, ...]
+    queries: tuple[int, ...]
     longest: int
-    most_queries: int
 
 
 class SparsePrefill:
@@ -140,20 +146,20 @@ class SparsePrefill:
             return None
         both = torch.cat((starts.long(), lengths.long())).tolist()
         begins, ends = both[: len(starts)], both[len(starts) :]
-        parts, others = [], []
+        queries = [stop - start for start, stop in pairwise(begins)]
+        parts = []
         for number, length in enumerate(ends):
-            rows = slice(begins[number], begins[number + 1])
-            if self._takes(rows.stop - rows.start, length):
-                parts.append(Part(number, rows, self._layout(length - (rows.stop - rows.start), length)))
-            else:
-                others.append(number)
-        if not parts:
-            return None
-        return Plan(
-            tuple(parts),
-            tuple(others),
-            max((ends[number] for number in others), default=0),
-            max((begins[number + 1] - begins[number] for number in others), default=0),
+            if self._takes(queries[number], length):
+                parts.append(self._part(number, begins[number], length - queries[number], length))
+                queries[number] = self._base.dense_end
+        return Plan(tuple(parts), tuple(queries), max(ends)) if parts else None
+
+    def _part(self, number: int, row: int, start: int, stop: int) -> Part:
+        """The part at positions `start` to `stop`, whose queries begin at a row."""
+        assert self._base is not None
+        end = stop - self._base.dense_end
+        return Part(
+            number, slice(row, row + end - start), self._layout(start, stop), spans(end, stop, self.settings.stride)
         )
 
     def _takes(self, queries: int, length: int) -> bool:
@@ -172,10 +178,11 @@ class SparsePrefill:
         return name is not None
 
     def _layout(self, start: int, stop: int) -> Layout:
+        assert self._base is not None
         return make_layout(
             Call.whole(1, stop - start, start),
             start,
-            stop,
+            stop - self._base.dense_end,
             settings=self.settings,
             rotary=self._rotary,
             dtype=self._dtype,
