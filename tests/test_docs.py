@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from qwen_longctx import LongContextConfig
 from qwen_longctx.cli import main
@@ -501,11 +502,90 @@ def test_quality_of_sparse_decode():
 
 
 def test_vllm_figures():
-    vllm, ours, _ = rows_of("vllm_262144.json")
-    page = re.sub(r"\s+", " ", (ROOT / "docs" / "serving.md").read_text())
-    first = [f"{row['first_token_seconds']:.1f}" for row in (vllm, ours)]
-    assert "took {} seconds to the first token in vLLM 0.26.0, and {}".format(*first) in page
-    assert f"A token took {vllm['token_ms']:.1f} ms there and {ours['token_ms']:.1f} here" in page
+    rows = {(row["engine"], row["tokens"]): row for row in rows_of("vllm.json")}
+    table = next(t for t in tables(ROOT / "docs" / "serving.md") if t[0][0] == "prompt, tokens")[1:]
+    for length, *cells in table:
+        both = [rows[engine, int(number(length))] for engine in ("vllm", "transformers")]
+        assert {row["prefill"] for row in both} == {"dense"}  # the sparse ones compare unlike things
+        assert cells == [
+            *(f"{row['first_token_seconds']:.1f} s" for row in both),
+            *(f"{row['token_ms']:.1f} ms" for row in both),
+        ]
+    assert len(table) == 2
+
+
+LONG_ADAPTER = ROOT / "benchmarks" / "adapters" / "qwen2.5-coder-0.5b-128k"
+GROUPS = ("niah_single", "niah_multi", "ruler", "texts")
+
+
+def before_and_after(length: int) -> tuple[list[dict], list[dict]]:
+    """Rows of the same samples of the checkpoint as it was, and of the trained one."""
+    whole = ("all_ruler", "texts")
+    new = evaluated(*(f"trained_{group}_{length}" for group in (whole if length < 65_536 else GROUPS)))
+    old = evaluated(*(f"{group}_{length}" for group in (whole if length == 4096 else GROUPS)))
+    done = {(row["task"], row["index"]): row["fingerprint"] for row in new if row["mode"] == "dense"}
+    same = [row for row in old if (row["task"], row["index"]) in done]
+    assert all(row["fingerprint"] == done[row["task"], row["index"]] for row in same)
+    return same, new
+
+
+def test_training_figures():
+    page = ROOT / "docs" / "training.md"
+    table = next(t for t in tables(page) if t[0][:2] == ["tokens", "RULER, points"])[1:]
+    for length, *cells in table:
+        old, new = before_and_after(int(number(length)))
+        trained = [{**row, "mode": "trained"} for row in new if row["mode"] == "dense"]
+        lines = {(line.task, line.mode): line for line in summarize(old + trained)}
+        (ruler, after), (texts, texts_after) = (
+            [lines[group, mode] for mode in ("dense", "trained")] for group in ("ruler_*", "text_*")
+        )
+        assert cells == [
+            *(f"{100 * line.score.mean:.1f}" for line in (ruler, after)),
+            with_interval(after.score_over_base, 100, 1),
+            *(f"{line.nll.mean:.3f}" for line in (ruler, after)),
+            with_interval(after.nll_over_base),
+            *(f"{line.nll.mean:.3f}" for line in (texts, texts_after)),
+        ], length
+        if length == "65,536":
+            assert f"scores {100 * lines['ruler_*', 'yarn'].score.mean:.1f} points" in page.read_text()
+    assert len(table) == 4
+    yarn = lines["ruler_*", "yarn"]  # of the last length
+    assert f"and {100 * yarn.score.mean:.1f} at 131,072" in page.read_text()
+    assert f"(answer NLL {yarn.nll.mean:.3f}, and {after.nll.mean:.3f} after training)" in page.read_text()
+
+
+def test_sparse_prefill_of_the_trained_checkpoint():
+    table = next(t for t in tables(ROOT / "docs" / "training.md") if t[0][:2] == ["tokens", "blocks kept"])[1:]
+    for length, share, *cells in table:
+        rows = before_and_after(int(number(length)))[1]
+        lines = {(line.task, line.mode): line for line in summarize(rows)}
+        ruler, texts = (lines[group, "block_scores"] for group in ("ruler_*", "text_*"))
+        wanted = ruler.score_over_base, ruler.nll_over_base, texts.nll_over_base
+        assert cells == [with_interval(wanted[0], 100, 1), *(with_interval(one) for one in wanted[1:])], length
+        densities = [row["density"] for row in rows if row["mode"] == "block_scores"]
+        assert share == f"{100 * mean(densities):.0f} %"
+    assert len(table) == 2
+
+
+def test_training_run():
+    """What the page says of the run, and that the adapter is what it made."""
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "training.md").read_text())
+    folder = ROOT / "benchmarks" / "results" / "training"
+    curve = json.loads((folder / "32k_to_128k_loss.json").read_text())
+    before, after = curve["before"], curve["after"]
+    assert all(new["loss"] < old["loss"] for old, new in zip(before, after, strict=True))
+    ends = [f"from {before[i]['loss']:.3f} to {after[i]['loss']:.3f} in the" for i in (0, -1)]
+    assert f"{ends[0]} first 8,192 tokens, {ends[1]} last" in page
+    first, *steps = map(json.loads, (folder / "32k_to_128k.jsonl").read_text().splitlines())
+    assert first["environment"]["gpus"][0]["name"] == "NVIDIA H200" and f"{len(steps)} steps of one sequence" in page
+    assert sum(step["tokens"] for step in steps) == 24 * 131_072
+    weights = LONG_ADAPTER / "adapter_model.safetensors"
+    assert f"adapters of {weights.stat().st_size / 1e6:.1f} MB" in page
+    tensors = load_file(weights)
+    assert sum(x.numel() for x in tensors.values()) == first["learned_parameters"]
+    assert all(x.isfinite().all() for x in tensors.values())
+    config = json.loads((LONG_ADAPTER / "config.json").read_text())
+    assert config["dual_chunk_attention_config"]["chunk_size"] == config["max_position_embeddings"] == 131_072
 
 
 def test_runs_at_the_edge_of_memory():
