@@ -697,15 +697,20 @@ def test_cuda_threads():
 
 @pytest.mark.gpu
 def test_cuda_qwen_7b():
-    """The shape that the figures are of, in bf16: same tokens for most of a run, logits as close as rounding allows."""
+    """The shape that the figures are of, in bf16: as near to float32 as without graphs, for tokens that are the same.
+
+    Random weights have ties, and what follows a tie differs; the logits of the tie itself are of the same tokens.
+    """
     model = random_model(torch.device("cuda"), tiny=False)
     ids = torch.randint(1, model.config.vocab_size, (1, 4096), device="cuda")
-    logits = []
+    results = []
     for wanted in (False, True):
         with patched_qwen(model, cuda_graphs=wanted):
-            logits.append(generate(model, ids, max_new_tokens=24, min_new_tokens=24)[1][:, 0].float())
-    same = next((n for n in range(24) if not torch.equal(logits[0][n].argmax(), logits[1][n].argmax())), 24)
-    # random weights have ties, and what follows a tie differs; the logits of the tie itself are of the same tokens
-    assert same > 0
-    alike = slice(0, same + 1)
-    torch.testing.assert_close(logits[0][alike], logits[1][alike], rtol=0.05, atol=0.05 * float(logits[0].std()))
+            results.append(generate(model, ids, max_new_tokens=24, min_new_tokens=24))
+    (tokens, _), (others, _) = results
+    same = next((n for n in range(24) if tokens[0, 4096 + n] != others[0, 4096 + n]), 23)
+    assert same > 4  # the fifth is the first that runs as a graph does
+    with torch.no_grad(), patched_qwen(model.float()):
+        exact = model(tokens[:, : 4096 + same], logits_to_keep=same + 1).logits[0]
+    plain, graphed = ((logits[: same + 1, 0].float() - exact).square().mean(-1).sqrt() for _, logits in results)
+    assert graphed.max() <= 2 * plain.mean() and graphed.mean() <= 1.25 * plain.mean()

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.geometry.positions import Kind
+from qwen_longctx.ops.pages import gathered as gathered  # of the same pages
 
 KINDS: tuple[Kind, ...] = ("intra", "successive", "inter")
-_PAGES_AT_A_TIME = 4096  # that are copied twice, to put the tokens of each head apart
 
 
 class Pieces(NamedTuple):
@@ -121,29 +121,3 @@ def segment_table(
     chunk = pieces.chunk if kind == "intra" else (pieces.chunk - 1).clamp(min=0)
     column = chunk[:, None] * (stride // page_size) + torch.arange(columns, device=table.device)
     return table[pieces.owner[:, None], column.clamp(max=table.shape[1] - 1)]
-
-
-def gathered(pages: torch.Tensor, table: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one request, copied from its pages to where one token follows the other.
-
-    Parameters
-    ----------
-    pages : torch.Tensor
-        Shape (pages, kv_heads, page_size, 2 * head_dim): keys, and values after them.
-    table : torch.Tensor
-        Shape (pages,), int32: the pages of the request.
-    length : int
-        Its tokens.
-
-    Returns
-    -------
-    keys, values : torch.Tensor
-        Shape (1, length, kv_heads, head_dim) each.
-    """
-    _, kv_heads, page_size, width = pages.shape
-    count = -(-length // page_size)
-    keys, values = (pages.new_empty(count, page_size, kv_heads, width // 2) for _ in range(2))
-    for start in range(0, count, _PAGES_AT_A_TIME):
-        part = slice(start, min(start + _PAGES_AT_A_TIME, count))
-        keys[part], values[part] = pages[table[part]].transpose(1, 2).split(width // 2, dim=-1)
-    return tuple(x.flatten(0, 1)[None, :length] for x in (keys, values))  # type: ignore[return-value]
