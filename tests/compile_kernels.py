@@ -24,6 +24,7 @@ from qwen_longctx.ops.keep import _keep
 from qwen_longctx.ops.means import _write_mean
 from qwen_longctx.ops.merge import _merge
 from qwen_longctx.ops.norm import _norm, _silu_mul
+from qwen_longctx.ops.pages import _gathered
 from qwen_longctx.ops.read_out import _read_out
 from qwen_longctx.ops.rotate import _place, _rotate
 from qwen_longctx.ops.row_lse import _row_lse
@@ -40,6 +41,11 @@ def eight_bit(codes, bias=None):
 
 
 KERNELS = [
+    (
+        _gathered,
+        {**dict.fromkeys(("pages", "keys", "values"), "*bf16"), "table": "*i32"},
+        {"PAGE": 16, "HEAD_DIM": 128, "DIM": 128, "ROWS": 32},
+    ),
     (_row_lse, {"q": "*bf16", "k": "*bf16", "limits": "*i32", "lse": "*fp32", "scale": "fp32"}, {**TILE, "ROWS": 128}),
     *(
         (

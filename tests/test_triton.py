@@ -29,7 +29,7 @@ DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=py
 KERNELS = (
     *("compact", "keep", "row_lse", "block_shares", "columns", "rotate", "merge", "decode", "join"),
     *("mean_logits", "mean_scores", "best_blocks", "thin", "read_out", "norm", "silu_mul", "place"),
-    *("write", "write_mean", "fetch"),
+    *("write", "write_mean", "fetch", "gathered"),
 )
 NEWER = ("rows",)  # kernels that need compute capability 8.9
 HEADS = [(4, 2), (6, 1), (3, 3)]

@@ -19,7 +19,6 @@ from qwen_longctx.geometry.rotary import rotate, rotation
 from qwen_longctx.kv.store import Tensors
 from qwen_longctx.sparsity import SparseState, plan_request
 from qwen_longctx.sparsity.record import SpanRecord
-from qwen_longctx.vllm.pages import gathered
 from qwen_longctx.vllm.settings import settings_of
 from qwen_longctx.vllm.sparse import Plan, RecallLog, SparsePrefill, on_host
 from test_vllm_pages import Batch, attended, config, paged
@@ -238,17 +237,6 @@ def test_nothing_outlives_a_step():
     assert request.state.turns == dict.fromkeys(range(3), 2)  # the third step of 500 tokens
     far = {request.measured(layer, 1 << 20, 4).start for layer in range(4)}
     assert request.measured(0, 200, 4) == slice(0, 4) and len(far) > 1
-
-
-def test_pages_of_many_slices_are_gathered(monkeypatch):
-    monkeypatch.setattr("qwen_longctx.vllm.pages._PAGES_AT_A_TIME", 3)
-    pages = torch.randn(20, 2, 4, 6).bfloat16()
-    table = torch.randperm(20)[:11].int()
-    keys, values = gathered(pages, table, 41)
-    for place in (0, 3, 4, 11, 12, 40):
-        assert torch.equal(keys[0, place], pages[table[place // 4], :, place % 4, :3])
-        assert torch.equal(values[0, place], pages[table[place // 4], :, place % 4, 3:])
-    assert keys.shape == values.shape == (1, 41, 2, 3) and keys.is_contiguous() and values.is_contiguous()
 
 
 def test_room_for_the_longest_prompt():

@@ -20,7 +20,8 @@ from qwen_longctx.kv.store import Tensors
 from qwen_longctx.ops.decode import Reach, decode
 from qwen_longctx.ops.device import cast
 from qwen_longctx.ops.merge import merge
-from qwen_longctx.vllm.pages import KINDS, Pieces, cut, gathered, positions, segment_table
+from qwen_longctx.ops.pages import gathered
+from qwen_longctx.vllm.pages import KINDS, Pieces, cut, positions, segment_table
 from qwen_longctx.vllm.sparse import Part, Plan
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from qwen_longctx.geometry.positions import Kind
-from qwen_longctx.ops.pages import gathered as gathered  # of the same pages
 
 KINDS: tuple[Kind, ...] = ("intra", "successive", "inter")
 
