@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import pickle
 import sys
 import tarfile
 import zipfile
@@ -13,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from qwen_longctx.bench import vllm as bench
-from qwen_longctx.bench.shapes import random_prompt
+from qwen_longctx.bench.shapes import random_prompt, random_weights
 from qwen_longctx.cli import BUNDLED, main
 from qwen_longctx.errors import MissingPackage
 
@@ -94,6 +95,27 @@ def test_what_the_engines_are_asked():
     }
     assert bench.warm_up_length([10_000, 5_000], 300) == 984 and bench.warm_up_length([700], 300) == 700
     assert torch.equal(random_prompt(50, 97), random_prompt(50, 97)) and random_prompt(50, 97).max() < 97
+
+
+def test_weights_are_drawn_alike():
+    """Matrices that vLLM has joined to one, and parameters of inference mode, as those of our own model."""
+    torch.manual_seed(0)
+    config = bench._config(True, "qwen2.5-7b")
+    ours = dict(random_weights(config, CPU).named_parameters())
+    with torch.inference_mode():
+        theirs = Qwen2ForCausalLM(config)
+        attention = theirs.model.layers[0].self_attn
+        attention.qkv_proj = torch.nn.Linear(config.hidden_size, 256)
+        frequencies = theirs.model.rotary_emb.inv_freq.clone()
+    assert bench._draw(theirs) is None
+    for name, parameter in theirs.named_parameters():
+        like = ours.get(name, ours[name.replace("qkv_proj", "q_proj")] if "qkv_proj" in name else None)
+        if "norm" in name:
+            assert (parameter == 1).all() and (like == 1).all()
+        else:
+            assert parameter.detach().std().item() == pytest.approx(like.float().std().item(), rel=0.35)
+    assert torch.equal(theirs.model.rotary_emb.inv_freq, frequencies)
+    pickle.loads(pickle.dumps(bench._draw))
 
 
 def test_times_of_a_request():

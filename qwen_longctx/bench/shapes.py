@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_longctx.shapes import known_config
@@ -52,6 +53,17 @@ def train_config(tiny: bool = False, shape: str = TRAINED[0]) -> Qwen2Config:
     return known_config(shape, **(_TOY if tiny else {}))
 
 
+def draw_weights(model: nn.Module) -> None:
+    """Draw all parameters, but for those on the meta device: normal (standard deviation 0.02), and norms are 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=0.02)
+
+
 def random_weights(config: Qwen2Config, device: torch.device, own: range | None = None) -> Qwen2ForCausalLM:
     """A model of normal random weights (standard deviation 0.02), bf16, made on `device`.
 
@@ -64,13 +76,7 @@ def random_weights(config: Qwen2Config, device: torch.device, own: range | None 
     for part in [model] if own is None else [*ends, *base.layers[own.start : own.stop]]:
         part.to_empty(device=device)
     model.tie_weights()  # which have parted on the way
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=0.02)
+    draw_weights(model)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

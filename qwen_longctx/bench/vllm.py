@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_longctx import LongContextCache, patched_qwen
-from qwen_longctx.bench.shapes import NAMES, model_config, random_prompt, random_weights
+from qwen_longctx.bench.shapes import NAMES, draw_weights, model_config, random_prompt, random_weights
 from qwen_longctx.bench.speed import SHORTEST, check_lengths, sparse_settings
 from qwen_longctx.bench.timing import Clock
 from qwen_longctx.config import Prefill
@@ -49,7 +50,7 @@ def measure(
     """The same prompts in vLLM and in our patched model, one at a time on one device, first all in vLLM.
 
     Both read prompts in parts of the same length, hold keys and values as they are, and reuse no prefix. Weights are
-    random, vLLM's own and ours; sparse prefill keeps a fixed share of the blocks in both. vLLM runs in a process of
+    random and drawn alike; sparse prefill keeps a fixed share of the blocks in both. vLLM runs in a process of
     its own, which gives the memory back, and compiles and captures as it does by default. A first prompt of two parts
     is not counted.
 
@@ -209,10 +210,12 @@ def _serve(
     sender: Connection, checkpoint: str, options: dict[str, Any], lengths: list[int], part: int, new_tokens: int
 ) -> None:
     """In a process of its own: send the seconds of each length, or why there are none."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for a function of ours to reach the engine's own process
     try:
         import vllm
 
         engine = vllm.LLM(checkpoint, **options)
+        engine.apply_model(_draw)
         sampling = vllm.SamplingParams(max_tokens=new_tokens + 1, temperature=0, ignore_eos=True, detokenize=False)
         vocabulary = engine.llm_engine.model_config.get_vocab_size()
         _stepped(engine.llm_engine, random_prompt(warm_up_length(lengths, part), vocabulary), sampling)
@@ -222,6 +225,12 @@ def _serve(
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}")
         raise
+
+
+@torch.inference_mode()
+def _draw(model: torch.nn.Module) -> None:
+    """Draw a model's weights as ours are: vLLM's are so small that sparse prefill takes all blocks for equal."""
+    draw_weights(model)
 
 
 def _stepped(engine: Any, ids: torch.Tensor, sampling: Any) -> list[float]:
