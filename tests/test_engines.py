@@ -19,7 +19,7 @@ from qwen_longctx.ops import device as devices
 from qwen_longctx.ops import engines, fa4, triton_runtime
 from qwen_longctx.ops.block_shares import block_shares
 from qwen_longctx.ops.columns import columns
-from qwen_longctx.ops.compact import compact
+from qwen_longctx.ops.compact import BlockLists, compact
 from qwen_longctx.ops.merge import merge
 from qwen_longctx.ops.row_lse import row_lse
 
@@ -260,6 +260,34 @@ def test_a_gradient_of_any_input_keeps_to_pytorch(module, function, monkeypatch)
     assert k.grad.abs().sum() > 0
     with torch.no_grad(), pytest.raises(Launched):
         function(q, k)
+
+
+# --- flash-attn-4 is asked for one kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 127, 128, 129, 256, 257, 400])
+@pytest.mark.parametrize("past", [0, 128, 383, 384, 1000])
+def test_few_queries_take_the_kernel_of_many(causal, queries, past, monkeypatch):
+    """Of up to 256 causal queries the package compiles kernels of their own, unless there are few keys as well."""
+    keys, asked = queries + past, []
+
+    def flash_attn_func(q, k, v, *, softmax_scale, causal, pack_gqa, block_sparse_tensors, return_lse):
+        lists = BlockLists(block_sparse_tensors["full_block_cnt"], block_sparse_tensors["full_block_idx"], 128)
+        assert not block_sparse_tensors["mask_block_cnt"].any() and not pack_gqa and return_lse
+        asked.append(q.shape[1])
+        out, lse = ops.on_lists("reference")(q, k, v, causal=causal, scale=softmax_scale, blocks=lists)
+        return out, lse, None
+
+    monkeypatch.setattr(fa4, "_functions", lambda: (flash_attn_func, dict))
+    q, k, v = draw(queries, keys)
+    mask = torch.rand(1, 4, -(-queries // 128), -(-keys // 128)) < 0.6
+    blocks = compact(mask, 128)
+    found = fa4.fa4(q, k, v, causal=causal, scale=0.3, blocks=blocks)
+    wanted = ops.on_lists("reference")(q, k, v, causal=causal, scale=0.3, blocks=blocks)
+    torch.testing.assert_close(found, wanted)
+    longer = causal and queries <= 256 and past >= 384
+    assert asked == [queries + 256 * longer]
 
 
 # --- flash-attn-4 warns nobody ------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def attention_on_lists(shapes: Shapes, tile: int, kernel: str, beyond: bool) -> 
     name = ops.list_kernel(kernel, device, dtype, shapes.head_dim, tile)
     if name != "fa4":
         return
-    q = torch.zeros(1, 2 * tile, shapes.heads, shapes.head_dim, device=device, dtype=dtype)
-    k = torch.zeros(1, 2 * tile, shapes.kv_heads, shapes.head_dim, device=device, dtype=dtype)
-    seen = torch.ones(2, 2, dtype=torch.bool, device=device).tril().expand(1, shapes.heads, 2, 2)
+    q = torch.zeros(1, 3 * tile, shapes.heads, shapes.head_dim, device=device, dtype=dtype)  # more than a few
+    k = torch.zeros(1, 3 * tile, shapes.kv_heads, shapes.head_dim, device=device, dtype=dtype)
+    seen = torch.ones(3, 3, dtype=torch.bool, device=device).tril().expand(1, shapes.heads, 3, 3)
     for causal in (True, False) if beyond else (True,):
         ops.on_lists(name)(q, k, k, blocks=compact(seen, tile), causal=causal, scale=1.0)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from qwen_longctx.ops.compact import BlockLists
 from qwen_longctx.ops.device import HALF, older_than
 
 BLOCK = 128  # its tile of queries and of keys at the head dims of Qwen
+_FEW = 2 * BLOCK  # causal queries up to which the package compiles kernels of their own, for seconds each
 # of flash-attn-4: "1" keeps compiled kernels on disk, and in which folder
 _SWITCH, _PLACE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
 
@@ -103,6 +105,9 @@ def fa4(
     The end of the keys is masked in the last block of a list only, hence the ascending lists. With ``causal=True``
     and no mask function every listed block is masked, aligned at the bottom right.
     """
+    rows = q.shape[1]
+    if causal and rows <= _FEW and k.shape[1] >= rows + _FEW + BLOCK:
+        q, blocks = _lengthened(q, blocks)
     with _muted:
         flash_attn_func, block_sparse_tensors = _functions()
         # it wants both lists, of blocks that a mask function masks and of others: there is no mask function
@@ -123,7 +128,16 @@ def fa4(
             block_sparse_tensors=lists,
             return_lse=True,
         )
-    return out, lse
+    return out[:, -rows:], lse[..., -rows:]
+
+
+def _lengthened(q: torch.Tensor, blocks: BlockLists) -> tuple[torch.Tensor, BlockLists]:
+    """Tiles of no meaning before a few queries, each of which attends to the first block, so that the kernel of many
+    queries runs: trials of a budget and ends of chunks would compile another."""
+    tiles = _FEW // BLOCK
+    counts = functional.pad(blocks.counts, (tiles, 0), value=1)
+    indices = functional.pad(blocks.indices, (0, 0, tiles, 0))
+    return functional.pad(q, (0, 0, 0, 0, _FEW, 0)), BlockLists(counts, indices, blocks.size)
 
 
 @lru_cache
