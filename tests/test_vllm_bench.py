@@ -113,7 +113,8 @@ def test_weights_are_drawn_alike():
         if "norm" in name:
             assert (parameter == 1).all() and (like == 1).all()
         else:
-            assert parameter.detach().std().item() == pytest.approx(like.float().std().item(), rel=0.35)
+            spread = 0.1 if like.numel() > 1000 else 1  # a bias of the toy has 32 numbers
+            assert parameter.detach().std().item() == pytest.approx(like.float().std().item(), rel=spread)
     assert torch.equal(theirs.model.rotary_emb.inv_freq, frequencies)
     pickle.loads(pickle.dumps(bench._draw))
 
