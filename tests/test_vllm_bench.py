@@ -113,8 +113,9 @@ def test_weights_are_drawn_alike():
         if "norm" in name:
             assert (parameter == 1).all() and (like == 1).all()
         else:
-            spread = 0.1 if like.numel() > 1000 else 1  # a bias of the toy has 32 numbers
-            assert parameter.detach().std().item() == pytest.approx(like.float().std().item(), rel=spread)
+            for one in (parameter, like):
+                spread = 0.1 if one.numel() > 1000 else 0.5  # a bias of the toy has 32 numbers
+                assert one.detach().float().std().item() == pytest.approx(0.02, rel=spread)
     assert torch.equal(theirs.model.rotary_emb.inv_freq, frequencies)
     pickle.loads(pickle.dumps(bench._draw))
 

@@ -36,9 +36,8 @@ def texts(archive: Path) -> Iterator[tuple[str, PurePosixPath, bytes]]:
     with tarfile.open(archive) as opened:
         for member in opened:
             name = PurePosixPath(member.name)
-            kind = part(name)
-            file = opened.extractfile(member) if member.size and kind is not None else None
-            if kind is not None and file is not None:
+            kind, file = part(name), opened.extractfile(member)
+            if kind is not None and file is not None and member.size:
                 yield kind, PurePosixPath(*name.parts[1:]), file.read()
 
 

@@ -158,9 +158,17 @@ class SparsePrefill:
         """The part at positions `start` to `stop`, whose queries begin at a row."""
         assert self._base is not None
         end = stop - self._base.dense_end
-        return Part(
-            number, slice(row, row + end - start), self._layout(start, stop), spans(end, stop, self.settings.stride)
+        layout = make_layout(
+            Call.whole(1, stop - start, start),
+            start,
+            end,
+            settings=self.settings,
+            rotary=self._rotary,
+            dtype=self._dtype,
+            device=self._device,
+            sparse=self._request(start, stop),
         )
+        return Part(number, slice(row, row + end - start), layout, spans(end, stop, self.settings.stride))
 
     def _takes(self, queries: int, length: int) -> bool:
         """Whether so many queries at the end of so many tokens are more than an end that attends to everything."""
@@ -176,19 +184,6 @@ class SparsePrefill:
             length=length,
         )
         return name is not None
-
-    def _layout(self, start: int, stop: int) -> Layout:
-        assert self._base is not None
-        return make_layout(
-            Call.whole(1, stop - start, start),
-            start,
-            stop - self._base.dense_end,
-            settings=self.settings,
-            rotary=self._rotary,
-            dtype=self._dtype,
-            device=self._device,
-            sparse=self._request(start, stop),
-        )
 
     def _request(self, start: int, stop: int) -> Request:
         assert self._base is not None
